@@ -1,0 +1,37 @@
+# make demo: from nothing to a trained GPT and its samples.  make test: lint and the fast tests.  make slow: the rest.
+PYTHON ?= python3
+BIN := .venv/bin
+CONFIG := configs/train_python_stdlib.py
+
+.PHONY: demo test slow
+
+demo: out-python-stdlib/done
+	$(BIN)/python sample.py --out_dir=out-python-stdlib --num_samples=2 --max_new_tokens=400 --start="def "
+
+# what a second call finds done, it does not do again
+out-python-stdlib/done: data/python_stdlib/meta.json
+	$(BIN)/python train.py $(CONFIG)
+	touch $@
+
+data/python_stdlib/meta.json: | .venv/run
+	$(BIN)/python prepare/python_stdlib.py
+
+test: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+slow: .venv/test
+	$(BIN)/python -m pytest -m slow
+
+# the environment: torch and what training needs, then what the tests need; again when pyproject.toml changes
+.venv/run: pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "kqv needs Python 3.10 or later, this is " + sys.version'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet .
+	touch $@
+
+.venv/test: .venv/run
+	$(BIN)/pip install --quiet '.[gpt2,hub,wandb,test]'
+	touch $@

@@ -1,0 +1,170 @@
+"""Token files -> batches to train on and windows to evaluate on. Nothing else reads .bin files.
+
+A data set is a folder with train.bin, val.bin (raw little-endian token ids) and meta.json, as prepare/ writes them, or
+nanoGPT's (meta.pkl or no meta at all), or llm.c's and modded-nanogpt's shards (*train*.bin, *val*.bin with a header).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import ROOT
+from tokenizer import from_description, read_meta_pkl
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256  # llm.c: 256 int32, the third is the number of tokens
+VERIFY_BYTES = 2**27  # files up to this size are read whole and checked when they are opened, a tenth of a second
+EVAL_TOKENS = 4096  # tokens of one evaluation forward: fixed, so that rounding cannot depend on batch_size
+
+
+def find_dataset(data_dir: str, dataset: str) -> Path:
+    """The folder of a data set: in data_dir from here, or else beside the code. ValueError says how to make it."""
+    for folder in (Path(data_dir) / dataset, ROOT / data_dir / dataset):
+        if folder.is_dir():
+            return folder
+    own = f"python prepare/{dataset}.py"
+    command = (
+        own
+        if (ROOT / "prepare" / f"{dataset}.py").is_file()
+        else f"python prepare/text.py --name={dataset} --input=..."
+    )
+    raise ValueError(f"dataset={dataset!r}: no folder {Path(data_dir) / dataset}; make it with: {command}")
+
+
+def read_meta(folder: Path) -> dict:
+    """What a data set says of itself: "tokenizer", "vocab_size", "dtype", and "splits", empty where it says nothing.
+
+    Without meta.json, meta.pkl (nanoGPT's characters) is read; without both the tokens are taken for GPT-2's.
+    """
+    if (folder / "meta.json").exists():
+        path = folder / "meta.json"
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+            whole = isinstance(meta["tokenizer"], dict) and isinstance(meta["vocab_size"], int)
+            counts = [split[key] for split in meta["splits"].values() for key in ("tokens", "bytes")]
+            whole = whole and meta["dtype"] in ("uint16", "uint32") and all(isinstance(n, int) for n in counts)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the data again") from None
+            whole = whole and meta["splits"].keys() == {"train", "val"}
+        if not whole:
+            raise ValueError(f"{path} is damaged: not the description of a data set; prepare the data again")
+        gpt2 = meta["tokenizer"] == {"kind": "gpt2"}  # from_description might have to download it
+        if meta["vocab_size"] != (50257 if gpt2 else from_description(meta["tokenizer"]).vocab_size):
+            raise ValueError(f"{path} is damaged: vocab_size {meta['vocab_size']} is not its tokenizer's")
+        return meta
+    tokenizer, vocab_size = {"kind": "gpt2"}, 50257
+    if (folder / "meta.pkl").exists():
+        tokenizer = read_meta_pkl(folder / "meta.pkl")
+        vocab_size = len(tokenizer["chars"])
+    return {"tokenizer": tokenizer, "vocab_size": vocab_size, "dtype": "uint16", "splits": {}}
+
+
+def open_tokens(path: Path, dtype: str, stated: dict | None, vocab_size: int) -> np.ndarray:
+    """Memory-map the ids of one file, (n,). ValueError where they are not what the file or its meta.json states."""
+    size = path.stat().st_size
+    header = np.fromfile(path, dtype="<i4", count=3)
+    if len(header) == 3 and header[0] == SHARD_MAGIC:
+        n, offset, dtype = int(header[2]), 4 * SHARD_HEADER, "uint16"
+        if header[1] != SHARD_VERSION or size != offset + 2 * n:
+            raise ValueError(f"{path} is damaged: version {header[1]}, {size} bytes, and its header states {n} tokens")
+    else:
+        n, offset = size // np.dtype(dtype).itemsize, 0
+        if size % np.dtype(dtype).itemsize:
+            raise ValueError(f"{path} is damaged: {size} bytes are not a whole number of {dtype} ids")
+        if stated and n != stated["tokens"]:
+            raise ValueError(f"{path} is damaged: {n:,} tokens where meta.json states {stated['tokens']:,}")
+    if n < 2:
+        raise ValueError(f"{path} has {n} tokens: nothing to learn from")
+    tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=offset, shape=(n,))
+    if size <= VERIFY_BYTES:
+        if stated and "sha256" in stated and hashlib.sha256(tokens).hexdigest() != stated["sha256"]:
+            raise ValueError(f"{path} is damaged: its SHA-256 is not the one in meta.json; prepare the data again")
+        check_ids(tokens, vocab_size, path)
+    return tokens
+
+
+def check_ids(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
+    if (largest := int(tokens.max())) >= vocab_size:
+        raise ValueError(
+            f"{path} has the id {largest}, beyond the vocabulary of {vocab_size}: made for another tokenizer?"
+        )
+
+
+class Split:
+    """The tokens of "train" or "val", cut into windows of block_size = T inputs and their T targets, one further on."""
+
+    def __init__(self, folder: Path, name: str, block_size: int, meta: dict):
+        paths = [folder / f"{name}.bin"]
+        if not paths[0].is_file():
+            paths = sorted(folder.glob(f"*{name}*.bin"))
+        if not paths:
+            raise ValueError(f"{folder} has no {name}.bin")
+        self.block_size, self.vocab_size, self.path = block_size, meta["vocab_size"], folder / f"{name}.bin"
+        stated = meta["splits"].get(name)
+        self.shards = [open_tokens(path, meta["dtype"], stated, self.vocab_size) for path in paths]
+        self.tokens = sum(len(shard) for shard in self.shards)
+        self.bytes = stated["bytes"] if stated else None
+        for path, shard in zip(paths, self.shards, strict=True):  # a window reads T + 1 tokens
+            if len(shard) <= block_size:
+                raise ValueError(
+                    f"block_size={block_size}: {path} has {len(shard):,} tokens and must have more; "
+                    f"the longest block_size that fits is {len(shard) - 1}"
+                )
+        self.windows = np.array([max(1, (len(shard) - block_size) // block_size) for shard in self.shards])
+        self.epoch = lru_cache(maxsize=2)(self._epoch)
+
+    def _epoch(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order of one epoch's windows, and where the first window of each shard starts."""
+        random = np.random.default_rng((seed, epoch))
+        slack = [len(shard) - 1 - n * self.block_size for shard, n in zip(self.shards, self.windows, strict=True)]
+        starts = random.integers(
+            np.minimum(slack, self.block_size - 1) + 1
+        )  # shifted, so that no cut is always the same
+        return random.permutation(np.arange(self.windows.sum(), dtype=np.uint32)), starts
+
+    def batch(self, seed: int, first: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Sequences first ... first + batch_size - 1 of the run's endless order: x and y, (B, T) int64 each.
+
+        The order depends on the seed alone: every epoch has each window once, in an order of its own. Whoever asks
+        for disjoint stretches (each step, micro-step, rank) gets disjoint windows, and resuming replays nothing.
+        """
+        bounds = self.windows.cumsum()
+        rows = []
+        for place in range(first, first + batch_size):
+            order, starts = self.epoch(seed, place // int(bounds[-1]))
+            window = int(order[place % int(bounds[-1])])
+            shard = int(np.searchsorted(bounds, window, side="right"))
+            window -= int(bounds[shard] - self.windows[shard])
+            start = int(starts[shard]) + window * self.block_size
+            rows.append(self.shards[shard][start : start + self.block_size + 1])
+        tokens = np.stack(rows)  # (B, T + 1)
+        check_ids(tokens, self.vocab_size, self.path)
+        tokens = torch.from_numpy(tokens.astype(np.int64))
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def eval_windows(self, limit: int = 0) -> np.ndarray:
+        """(n, 2): shard and start of windows side by side over the whole split, or `limit` of them, evenly spaced."""
+        bounds = np.cumsum([-(-(len(shard) - 1) // self.block_size) for shard in self.shards])
+        n = min(limit or int(bounds[-1]), int(bounds[-1]))
+        windows = np.arange(n) * int(bounds[-1]) // n
+        shards = np.searchsorted(bounds, windows, side="right")
+        return np.stack((shards, (windows - np.append(0, bounds)[shards]) * self.block_size), axis=1)
+
+    def eval_batches(
+        self, windows: np.ndarray, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """This rank's share of the evaluation: (number of the batch, x, y), all of one shape; y is -1 past the end."""
+        rows, T = max(1, min(EVAL_TOKENS // self.block_size, len(windows))), self.block_size
+        for number in range(rank, -(-len(windows) // rows), world_size):
+            tokens = np.full((rows, T + 1), -1, dtype=np.int64)
+            for row, (shard, start) in zip(tokens, windows[number * rows : (number + 1) * rows], strict=False):
+                window = self.shards[shard][start : start + T + 1]
+                row[: len(window)] = window
+            check_ids(tokens, self.vocab_size, self.path)
+            tokens = torch.from_numpy(tokens)
+            yield number, tokens[:, :-1].clamp(min=0), tokens[:, 1:]

@@ -1,0 +1,484 @@
+"""The transformer, all of it: a GPT reads tokens and predicts, at each position, the token that comes next.
+
+Every shape below is written in these letters:
+
+    B  batch, sequences side by side        V  vocab_size, different tokens
+    T  time, tokens of each sequence        C  n_embd, channels: the width of the residual stream
+    H  n_head, heads that ask (queries)     G  n_kv_head, heads that answer (keys, values); G = H unless set
+    D  head_dim, width of a head, C / H     S  tokens looked back on: T, or cached + T when generating
+    F  n_inner, width inside the MLP, 4 C
+
+The way of a batch through the model:
+
+    idx (B, T) -> token + position embedding -> x (B, T, C)
+    n_layer times:  x = x + attention(norm(x))     tokens exchange information, each with those before it
+                    x = x + mlp(norm(x))           each token thinks for itself
+    norm -> head -> logits (B, T, V): softmax(logits[b, t]) is the distribution of token t + 1 of sequence b
+
+Blocks only ever *add* to x, the residual stream (He et al. 2015, arXiv:1512.03385), so information and gradients have
+a straight way through; normalising before each branch, not after, keeps deep stacks trainable (GPT-2, Radford et al.
+2019). Attention is from Vaswani et al. 2017, arXiv:1706.03762. The defaults, and the names of the weights, are GPT-2's.
+"""
+
+import json
+import math
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(kw_only=True)
+class GPTConfig:
+    block_size: int = 1024  # longest context, in tokens
+    vocab_size: int = 50304  # GPT-2's 50257, rounded up to a multiple of 64 for the tensor cores
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in linear layers and LayerNorm, as GPT-2 has them
+    position: str = "learned"  # learned | sinusoidal | rope | none
+    norm: str = "layernorm"  # layernorm | rmsnorm
+    mlp: str = "gelu"  # gelu | gelu_tanh | relu2 | swiglu
+    n_kv_head: int | None = None  # None: n_head
+    head_dim: int | None = None  # None: n_embd / n_head
+    n_inner: int | None = None  # None: 4 n_embd; swiglu has a third matrix, so 8/3 n_embd
+    qk_norm: bool = False
+    tie_embeddings: bool = True
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    attention: str = "sdpa"  # sdpa | explicit: two ways to compute the same
+
+    def __post_init__(self):
+        choices = {"position": POSITIONS, "norm": NORMS, "mlp": ACTIVATIONS, "attention": ATTENTIONS}
+        for key, accepted in choices.items():
+            if getattr(self, key) not in tuple(accepted):
+                raise ValueError(f"{key}={getattr(self, key)!r}: expected {' | '.join(accepted)}")
+        for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_dim", "n_inner"):
+            value = getattr(self, key)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{key}={value!r}: expected an int, at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.n_inner = self.n_inner or (8 * math.ceil(self.n_embd / 3) if self.mlp == "swiglu" else 4 * self.n_embd)
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
+        if self.position == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd, and position=rope turns channels in pairs")
+        if self.position == "sinusoidal" and self.n_embd % 2:
+            raise ValueError(f"n_embd={self.n_embd} is odd, and position=sinusoidal fills channels in pairs")
+
+
+# -- positions: attention alone sees a set of tokens, not a sequence; these tell it the order ------------------------
+
+POSITIONS = ("learned", "sinusoidal", "rope", "none")
+
+
+def sinusoidal_table(block_size: int, n_embd: int) -> Tensor:
+    """PE(pos, 2i) = sin(pos / 10000^(2i/C)), PE(pos, 2i+1) = cos(the same); (block_size, C). arXiv:1706.03762, 3.5."""
+    pos = torch.arange(block_size, dtype=torch.float64)[:, None]  # (T, 1)
+    wavelength = 10000 ** (torch.arange(0, n_embd, 2, dtype=torch.float64) / n_embd)  # (C/2)
+    angle = pos / wavelength  # (T, C/2)
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).float()  # (T, C): sin, cos, sin, cos, ...
+
+
+def rotary_table(pos: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, (T, D) each, of the angle by which each pair of channels turns at each position `pos` (T)."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=pos.device, dtype=torch.float32) / head_dim)  # (D/2)
+    angle = torch.outer(pos.float(), frequency).repeat(1, 2)  # (T, D): channel i is paired with i + D/2
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the channel pairs of x (B, H, T, D). RoPE, Su et al. 2021, arXiv:2104.09864: the product of a query and a
+    key that were both turned by their positions depends on the distance between them alone."""
+    left, right = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
+    return (x * cos + torch.cat((-right, left), dim=-1) * sin).type_as(x)
+
+
+# -- attention -------------------------------------------------------------------------------------------------------
+
+
+def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
+    """(T, S), True where query t may look at key s: never at a later token. The last query meets the last key."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout) -> Tensor:
+    """softmax(Q K^T / sqrt(D) + causal mask) V, written out. q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
+
+    The weights pass through `dropout`, so a forward hook on that module sees the (B, H, T, S) attention maps.
+    """
+    k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # (B, H, S, D): H/G query heads share one key/value head
+    v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)  # (B, H, S, D)
+    scores = q @ k.transpose(-2, -1)  # (B, H, T, S): how well what t asks for matches what s offers
+    # A sum of D products of unit variance has variance D; unscaled, the softmax would be all but one-hot from the
+    # start and pass next to no gradient.
+    scores = scores / math.sqrt(q.size(-1))
+    # exp(-inf) = 0: a token gives no weight to its future, so all T predictions can be trained in one pass
+    scores = scores.masked_fill(~causal_mask(q.size(2), k.size(2), q.device), -math.inf)
+    weights = F.softmax(scores, dim=-1)  # (B, H, T, S): row t is the mixture that token t reads, it sums to 1
+    return dropout(weights) @ v  # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout) -> Tensor:
+    """The same in one fused kernel, where the (T, S) weights need never exist (arXiv:2205.14135)."""
+    T, S = q.size(2), k.size(2)
+    # is_causal lets the first query meet the first key: right when T == S only. One query alone may see every key.
+    mask = causal_mask(T, S, q.device) if 1 < T < S else None
+    dropout_p = dropout.p if dropout.training else 0.0
+    gqa = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=T == S, enable_gqa=gqa)
+
+
+ATTENTIONS = {"sdpa": sdpa_attention, "explicit": explicit_attention}
+
+
+class KVCache:
+    """One layer's keys and values of the tokens so far, (B, G, block_size, D) each, allocated once, filled in place.
+
+    The mask hides the future, so the keys and values of past tokens never change: a new token only adds its own.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, like: Tensor):
+        shape = (batch_size, config.n_kv_head, config.block_size, config.head_dim)
+        self.k, self.v = like.new_empty(shape), like.new_empty(shape)
+        self.length = 0  # tokens held, S before the next append
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add k, v (B, G, T, D) and return all there are, (B, G, S, D), without a copy."""
+        end = self.length + k.size(2)
+        self.k[:, :, self.length : end] = k
+        self.v[:, :, self.length : end] = v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        # one matrix makes the queries, keys and values of all heads: one large product instead of many small ones
+        self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
+        self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
+        # queries and keys of unit size keep the scores from growing during training (arXiv:2010.04245)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.attn_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.attention = ATTENTIONS[config.attention]
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None) -> Tensor:
+        B, T, _ = x.shape
+        # Each token makes a query (what it looks for), a key (what it can be found by), a value (what it then gives).
+        qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2G, T, D)
+        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)  # (B, H, T, D), 2 x (B, G, T, D)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, G, S, D)
+        y = self.attention(q, k, v, self.attn_dropout)  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H*D): the heads side by side
+        return self.resid_dropout(self.c_proj(y))  # (B, T, C): mix what the heads found, back into the stream
+
+
+# -- the rest of a block ---------------------------------------------------------------------------------------------
+
+
+def swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)  # (B, T, F) each
+    return F.silu(gate) * up
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,  # Hendrycks & Gimpel 2016, arXiv:1606.08415
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # the approximation that GPT-2 was trained with
+    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, arXiv:2109.08668
+    "swiglu": swiglu,  # Shazeer 2020, arXiv:2002.05202
+}
+
+NORMS: dict[str, Callable[[GPTConfig], nn.Module]] = {
+    "layernorm": lambda config: nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias),
+    "rmsnorm": lambda config: nn.RMSNorm(config.n_embd, eps=config.norm_eps),  # arXiv:1910.07467
+}
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        width = 2 * config.n_inner if config.mlp == "swiglu" else config.n_inner  # swiglu: gate and value side by side
+        self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
+        self.activation = ACTIVATIONS[config.mlp]
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.c_fc(x))  # (B, T, F)
+        return self.dropout(self.c_proj(x))  # (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = NORMS[config.norm](config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = NORMS[config.norm](config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rope, cache)  # (B, T, C)
+        return x + self.mlp(self.ln_2(x))  # (B, T, C)
+
+
+# -- the model -------------------------------------------------------------------------------------------------------
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict()
+        self.transformer["wte"] = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.position in ("learned", "sinusoidal"):
+            self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        if config.position == "sinusoidal":
+            self.transformer.wpe.weight.data.copy_(sinusoidal_table(config.block_size, config.n_embd))
+            self.transformer.wpe.requires_grad_(False)
+        self.transformer["drop"] = nn.Dropout(config.dropout)
+        self.transformer["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.transformer["ln_f"] = NORMS[config.norm](config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.init_weights()
+        if config.tie_embeddings:  # what a token means and how it is predicted: one vector (arXiv:1608.05859)
+            self.lm_head.weight = self.transformer.wte.weight
+
+    def init_weights(self) -> None:
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:  # the sinusoidal table
+                continue
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 1:  # gains of the norms
+                nn.init.ones_(parameter)
+            elif name.endswith("c_proj.weight"):
+                # 2 n_layer branches add to the residual stream; scaled so, their sum has the size of one (GPT-2, 2.3)
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            else:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: list[KVCache] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """idx (B, T) -> logits (B, T, V) and the mean loss in nats against targets (B, T), where -1 does not count.
+
+        Without targets: the last position's logits, (B, 1, V), and None. With a cache, idx continues what it holds.
+        """
+        _, T = idx.shape
+        start = cache[0].length if cache is not None else 0
+        assert start + T <= self.config.block_size, f"{start + T} tokens do not fit block_size={self.config.block_size}"
+        pos = torch.arange(start, start + T, device=idx.device)  # (T)
+        x = self.transformer.wte(idx)  # (B, T, C)
+        if "wpe" in self.transformer:
+            x = x + self.transformer.wpe(pos)  # (B, T, C) + (T, C)
+        rope = None
+        if self.config.position == "rope":
+            rope = rotary_table(pos, self.config.head_dim, self.config.rope_theta)  # (T, D) twice
+        x = self.transformer.drop(x)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, rope, cache[layer] if cache is not None else None)  # (B, T, C)
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None
+        logits = self.lm_head(x)  # (B, T, V)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def num_params(self) -> int:
+        """Weights that take part in matrix products: all but embeddings that are only looked up."""
+        n = sum(parameter.numel() for parameter in self.parameters())
+        if "wpe" in self.transformer:
+            n -= self.transformer.wpe.weight.numel()
+        return n if self.config.tie_embeddings else n - self.transformer.wte.weight.numel()
+
+    def flops_per_token(self, T: int | None = None) -> int:
+        """Forward and backward, for one token of T (default block_size), as PaLM counts (arXiv:2204.02311, B).
+
+        Each weight: a multiply and an add forward, twice that backward. Each layer: 2 T H D for Q K^T and again for
+        weights @ V, again three times; the half that the causal mask saves is, by convention, not taken off.
+        """
+        c = self.config
+        return 6 * self.num_params() + 12 * c.n_layer * c.n_head * c.head_dim * (T or c.block_size)
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Shorten the context, in place: forget the positions from block_size on."""
+        assert block_size <= self.config.block_size
+        self.config.block_size = block_size
+        if "wpe" in self.transformer:
+            wpe = self.transformer.wpe
+            wpe.weight.data, wpe.num_embeddings = wpe.weight.data[:block_size].clone(), block_size
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        generators: Sequence[torch.Generator],
+        vocab_size: int | None = None,
+        kv_cache: bool = True,
+        **sampling: float | None,
+    ) -> Iterator[Tensor]:
+        """Continue idx (B, T): yield max_new_tokens times the next token of each sequence, (B, 1).
+
+        Of ids from `vocab_size` on (padding of the head) none is drawn; `generators` and `sampling`: see next_token.
+        A full cache is filled again from the most recent half of block_size, so a token's cost stays bounded;
+        kv_cache=False recomputes the last block_size tokens for each.
+        """
+        block_size = self.config.block_size
+        cache = (
+            [KVCache(self.config, len(idx), like=self.lm_head.weight) for _ in self.transformer.h] if kv_cache else None
+        )
+        new = idx[:, -block_size:]
+        for _ in range(max_new_tokens):
+            if cache is None:
+                new = idx[:, -block_size:]
+            elif cache[0].length + new.size(1) > block_size:
+                for layer in cache:
+                    layer.length = 0
+                new = idx[:, -max(1, block_size // 2) :]
+            logits, _ = self(new, cache=cache)  # (B, 1, V)
+            new = next_token(logits[:, -1, :vocab_size], generators, seen=idx, **sampling)  # (B, 1)
+            idx = torch.cat((idx, new), dim=1)  # (B, T + 1)
+            yield new
+
+    @classmethod
+    def from_weights(cls, config: GPTConfig, weights: dict[str, Tensor]) -> "GPT":
+        """A model that takes `weights` (name -> tensor) as its own, without initialising or copying."""
+        with torch.device("meta"):
+            model = cls(config)
+        if config.tie_embeddings:
+            weights = weights | {"lm_head.weight": weights["transformer.wte.weight"]}
+        model.load_state_dict(weights, assign=True)
+        if config.tie_embeddings:
+            model.lm_head.weight = model.transformer.wte.weight
+        return model
+
+    @classmethod
+    def from_pretrained(cls, name: str, dropout: float = 0.0) -> "GPT":
+        """GPT-2 from Hugging Face: gpt2 | gpt2-medium | gpt2-large | gpt2-xl, or a local folder in its format."""
+        folder = Path(name)
+        if name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not folder.is_dir():
+            from huggingface_hub import snapshot_download
+            from huggingface_hub.errors import LocalEntryNotFoundError
+
+            try:
+                files = ["config.json", "model.safetensors"]
+                folder = Path(snapshot_download(f"openai-community/{name}", allow_patterns=files))
+            except LocalEntryNotFoundError:
+                raise ValueError(
+                    f"could not download {name}: no connection to Hugging Face, and no copy here"
+                ) from None
+        try:
+            return cls.from_weights(*read_gpt2(folder, dropout))
+        except RuntimeError as error:
+            raise ValueError(f"{folder}: its weights are not those of its config.json ({error})") from None
+
+
+def read_gpt2(folder: Path, dropout: float = 0.0) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Config and weights of a Hugging Face GPT-2 folder (config.json and *.safetensors, or pytorch_model.bin)."""
+    try:
+        hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        activation = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}[
+            hf["activation_function"]
+        ]
+        if hf["model_type"] != "gpt2" or hf.get("scale_attn_by_inverse_layer_idx"):
+            raise KeyError(f"model_type {hf['model_type']}")
+        config = GPTConfig(
+            block_size=hf["n_positions"],
+            vocab_size=hf["vocab_size"],
+            n_layer=hf["n_layer"],
+            n_head=hf["n_head"],
+            n_embd=hf["n_embd"],
+            n_inner=hf.get("n_inner"),
+            mlp=activation,
+            norm_eps=hf["layer_norm_epsilon"],
+            tie_embeddings=hf.get("tie_word_embeddings", True),
+            dropout=dropout,
+        )
+    except (FileNotFoundError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} has no config.json of a GPT-2 ({type(error).__name__}: {error})") from None
+    found = {}
+    if paths := sorted(folder.glob("*.safetensors")):
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            for path in paths:
+                found |= load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+    else:
+        path = folder / "pytorch_model.bin"
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError) as error:
+            raise ValueError(f"{path} is damaged or would run code ({type(error).__name__})") from None
+    weights = {}
+    for name, tensor in found.items():
+        if name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, not weights
+            continue
+        # GPT-2's "Conv1D" keeps matrices as (in, out), nn.Linear as (out, in)
+        transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        key = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        weights[key] = (tensor.t().contiguous() if transposed else tensor).float()
+    return config, weights
+
+
+# -- sampling --------------------------------------------------------------------------------------------------------
+
+
+def next_token(
+    logits: Tensor,
+    generators: Sequence[torch.Generator],
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """Draw a token for each row: logits (B, V) -> (B, 1). Row b draws from generators[b] (on the CPU) alone.
+
+    temperature 0 takes the likeliest. top_k keeps the k likeliest; top_p the likeliest that together hold top_p of the
+    probability (arXiv:1904.09751); min_p those at least min_p times as likely as the first (arXiv:2407.01082).
+    repetition_penalty makes the tokens in seen (B, T) less likely (arXiv:1909.05858).
+    """
+    logits = logits.float()
+    if not logits.isfinite().all():
+        raise ValueError("the model's logits are not all finite: its weights are damaged, or its run had diverged")
+    if repetition_penalty != 1:
+        score = logits.gather(1, seen)  # (B, T)
+        penalized = torch.where(score > 0, score / repetition_penalty, score * repetition_penalty)
+        logits = logits.scatter(1, seen, penalized)
+    if temperature < 1e-5:  # dividing by less would overflow
+        return logits.argmax(dim=-1, keepdim=True)
+    k = min(top_k or logits.size(-1), logits.size(-1))
+    logits, ids = logits.topk(k)  # (B, k) each, the likeliest first
+    probs = F.softmax(logits / temperature, dim=-1)
+    if top_p is not None:
+        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)  # the first stays whatever top_p is
+    if min_p is not None:
+        probs = probs.masked_fill(probs < min_p * probs[:, :1], 0)
+    # Invert the cumulative distribution at one uniform number a row: it draws the same on every device.
+    cumulative = probs.cumsum(dim=-1)
+    u = torch.cat([torch.rand(1, generator=generator) for generator in generators])[:, None].to(probs)  # (B, 1)
+    return ids.gather(1, torch.searchsorted(cumulative, u * cumulative[:, -1:]))

@@ -1,0 +1,310 @@
+"""What a run will take, before it runs: `python train.py CONFIG.py --plan --plan_device=h100`.
+
+Parameters, FLOPs, memory and time follow from the settings by the formulas below: nothing is allocated or written, and
+torch, which takes longer to import than all of this, is not needed. tests/test_plan.py holds them against the model
+itself, against what autograd keeps, and against the memory of processes that train. The letters are model.py's.
+"""
+
+import json
+import math
+import re
+import shutil
+from dataclasses import fields
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+from config import ROOT, TrainConfig
+from record import PEAK_TFLOPS, peak_flops, ram_bytes
+
+if TYPE_CHECKING:
+    from model import GPTConfig
+
+GPT2 = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
+GPT2_TOKENS_PER_STEP = 12 * 1024 * 40  # configs/train_gpt2.py; GPT-3's, for models of 125M to 760M (arXiv:2005.14165)
+EVAL_TOKENS, EVAL_BATCH = 4096, 12  # data.py's and train.py's: tokens of an evaluation's batch, windows per eval_iters
+ASSUMED_MFU = 0.4  # what compiled training of a GPT reaches of a device's peak is mostly from 0.3 to 0.5
+
+# Memory in GB, from the vendors' data sheets; the smaller, where a device is sold with two
+MEMORY_GB = {"B200": 180, "H200": 141, "H100 PCIe": 80, "H100": 80, "A100": 40, "A10G": 24, "A10": 24, "A40": 48}
+MEMORY_GB |= {"A6000": 48, "L40S": 48, "L40": 48, "L4": 24, "V100": 16, "T4": 16}
+MEMORY_GB |= {"RTX 5090": 32, "RTX 4090": 24, "RTX 4080": 16, "RTX 3090": 24, "RTX 3080": 10}
+
+
+# -- the formulas: c is a GPTConfig, or anything with its fields ------------------------------------------------------
+
+
+def parameters(c: "GPTConfig") -> dict[str, int]:
+    """How many weights each part of the model has. What is tied is counted once."""
+    C, H, G, D, F = c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.n_inner
+    up = 2 * F if c.mlp == "swiglu" else F  # swiglu: gate and value
+    norm = 2 * C if c.norm == "layernorm" and c.bias else C  # gain, bias
+    positions = c.block_size * C if c.position in ("learned", "sinusoidal") else 0
+    attention = C * (H + 2 * G) * D + H * D * C + c.bias * ((H + 2 * G) * D + C)  # c_attn, c_proj, their biases
+    return {
+        "embeddings": (1 if c.tie_embeddings else 2) * c.vocab_size * C + positions,
+        "attention": c.n_layer * attention,
+        "MLP": c.n_layer * (C * up + F * C + c.bias * (up + C)),
+        "norms": c.n_layer * (2 * norm + 2 * D * c.qk_norm) + norm,
+    }
+
+
+def flops_per_token(c: "GPTConfig") -> int:
+    """Forward and backward, as GPT.flops_per_token counts: 6 for each weight that multiplies, 12 T H D a layer."""
+    multiplying = sum(parameters(c).values()) - (0 if c.tie_embeddings else c.vocab_size * c.n_embd)
+    if c.position in ("learned", "sinusoidal"):
+        multiplying -= c.block_size * c.n_embd
+    return 6 * multiplying + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
+
+
+def checkpoint_bytes(c: "GPTConfig") -> int:
+    """Of ckpt.pt: in float32 all weights, and AdamW's two averages of those that are trained."""
+    fixed = c.block_size * c.n_embd if c.position == "sinusoidal" else 0
+    return 4 * (3 * sum(parameters(c).values()) - 2 * fixed)
+
+
+def fused(c: "GPTConfig", gpu: bool) -> bool:
+    """Whether attention is one kernel, or softmax(Q K^T) V in steps: CPUs have no kernel with dropout."""
+    return c.attention == "sdpa" and (gpu or not c.dropout)
+
+
+def kept_for_backward(c: "GPTConfig", B: int, width: int, gpu: bool) -> dict[str, int]:
+    """Bytes of what autograd keeps from the forward pass on B sequences, by part, until backward has used it.
+
+    `width`: bytes of a number in a matrix product, 4, or 2 under autocast, where the residual stream, the norms and
+    the loss stay in float32. A product keeps its inputs; a norm and an activation keep theirs. (torch.compile keeps
+    less: what is quickly computed again.)
+    """
+    C, H, G, D, F, T, V = c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.n_inner, c.block_size, c.vocab_size
+    n, half = B * T, width == 2
+    # what dropout did to a number: on GPUs a byte, dropped or not; on CPUs the factor, 0 or 1 / (1 - p)
+    mask = 0 if not c.dropout else 1 if gpu else width
+    # layernorm: x, mean, 1/std; rmsnorm: x and 1/rms, on CPUs, where it is made of simple steps, x/rms too
+    norm = 4 * n * (C + 2) if c.norm == "layernorm" else 4 * n * (C + 1 + C * (not gpu))
+
+    attention = width * n * C + mask * n * C  # c_attn's input, resid_dropout
+    if c.qk_norm:  # 1/rms, on CPUs q/rms and k/rms; q and k themselves, in float32
+        attention += 4 * n * (H + G) * (1 + D * (not gpu) + D * half)
+    if fused(c, gpu) or (c.qk_norm and not half):
+        attention += width * n * (H + 2 * G) * D  # q, k, v in one tensor
+    if fused(c, gpu):
+        attention += width * n * H * D + 4 * n * H  # y; for each row of attention weights, the logarithm of its sum
+        if c.qk_norm or c.position == "rope":  # q and k are no longer those in the one tensor
+            attention += width * n * (H + G) * D
+        if c.qk_norm:  # it lays q out head by head, and SDPA y as q: c_proj needs a copy, token by token
+            attention += width * n * H * D
+    else:  # in steps, which SDPA takes in float32
+        exact, pairs = 4 if c.attention == "sdpa" else width, B * H * T * T
+        attention += exact * 3 * n * H * D + width * n * H * D  # q, k, v as the products want them; y
+        attention += (4 if gpu else exact) * pairs  # softmax's result, on GPUs in float32
+        if c.dropout:  # what it did, and its result
+            attention += (1 + width if gpu else 2 * exact) * pairs
+        elif gpu and half:  # softmax's result as the product with V wants it
+            attention += width * pairs
+        attention += T * T if c.attention == "explicit" else 0  # the causal mask
+
+    # c_fc's input, dropout; then gate, value, silu(gate) and their product, or the activation's input and its result
+    mlp = width * n * C + mask * n * C + width * n * (4 if c.mlp == "swiglu" else 2) * F
+    mlp += 4 * n * F if c.mlp == "relu2" and gpu and half else 0  # GPUs square in float32
+
+    matrices = V * C + c.n_layer * (C * (H + 2 * G) * D + H * D * C + (3 if c.mlp == "swiglu" else 2) * C * F)
+    positions = {"learned": 8 * T, "rope": 2 * 4 * T * D}.get(c.position, 0)  # which are looked up; cos and sin
+    return {
+        "embeddings": 8 * n + positions + (0 if not c.dropout else 1 if gpu else 4) * n * C,
+        "norms": (2 * c.n_layer + 1) * norm,
+        "attention": c.n_layer * attention,
+        "MLP": c.n_layer * mlp,
+        "logits": width * n * C + 4 * n * V + 8 * n,  # the head's input; the loss keeps log softmax and targets
+        "16-bit weights": 2 * matrices if half else 0,
+    }
+
+
+def memory(
+    c: "GPTConfig", B: int, width: int, gpu: bool, eval_windows: int, micro_steps: int, processes: int
+) -> dict[str, dict[str, int]]:
+    """Bytes that one process holds at each moment that can be the run's peak: {moment: {part: bytes}}.
+
+    In between it is less: on the way back through the blocks activations go and gradients come at an even rate, so
+    one of the ends is the most; and clipping and the fused optimizer work in place.
+    """
+    C, H, G, D, F, T, V = c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.n_inner, c.block_size, c.vocab_size
+    weights = 4 * sum(parameters(c).values())
+    trained = weights - (4 * T * C if c.position == "sinusoidal" else 0)
+    kept = kept_for_backward(c, B, width, gpu)
+    buckets = trained if processes > 1 else 0  # DDP's copy of the gradients
+    before = buckets + (trained if micro_steps > 1 else 0)  # and what earlier micro-batches have summed up
+    # the head's gradient comes first; the embeddings', as large, comes last and is added to the head's where tied
+    head = 4 * V * C
+
+    # in the last block: the gradients of the stream, of c_fc's input, of what is inside the MLP, of a matrix; or, when
+    # that is done, of the stream, of the attention weights, and of the scores that they are made of
+    n, exact = B * T, width if c.attention == "explicit" and not gpu else 4
+    mlp = 4 * 2 * n * C + width * (3 if c.mlp == "relu2" else 2) * n * F + 4 * F * C
+    pairs = 0 if fused(c, gpu) else exact * (1 if c.dropout else 2) * B * H * T * T
+    block = max(mlp, 4 * 2 * n * C + pairs - kept["MLP"] // c.n_layer)
+
+    # evaluation keeps nothing, drops nothing, and has batches of its own, of m tokens: the logits, in float32 too, and
+    # log softmax; or what is inside an MLP; or q, k, v, their copies, the scores and the attention weights
+    rows = max(1, min(EVAL_TOKENS // T, eval_windows))
+    m, scores = rows * T, (width + (4 if gpu else width)) * rows * H * T * T if c.attention == "explicit" else 0
+    evaluation = max(
+        (8 if width == 4 else 10) * m * V,
+        4 * 2 * m * C + width * m * (C + {"relu2": 3, "swiglu": 4}.get(c.mlp, 2) * F),
+        4 * 2 * m * C + width * m * (C + 2 * (H + 2 * G) * D) + scores,
+    )
+    moments = {  # gradients, activations, temporary
+        "loss, backward": (before, sum(kept.values()), 2 * 4 * n * V),  # the gradients of log softmax, of the logits
+        "blocks, backward": (before + head, sum(kept.values()) - kept["logits"], block),
+        "end of backward": (buckets + trained, 0, head * (c.tie_embeddings + (micro_steps > 1))),
+        "evaluation": (buckets, kept["16-bit weights"], evaluation),
+    }
+    always = {"weights": weights, "AdamW": 2 * trained}  # two running averages for each weight
+    parts = ("gradients", "activations", "temporary")
+    return {moment: always | dict(zip(parts, sizes, strict=True)) for moment, sizes in moments.items()}
+
+
+# -- what the settings ask for ----------------------------------------------------------------------------------------
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Of a new model: whole tiles for the tensor cores, where that adds little."""
+    return 64 * math.ceil(vocab_size / 64) if vocab_size > 1024 else vocab_size
+
+
+def model_config(cfg: TrainConfig, vocab_size: int) -> "GPTConfig":
+    """The GPTConfig that train.py will make; where there can be no doubt about it a stand-in, which needs no torch."""
+    c = SimpleNamespace(**vars(cfg) | {"vocab_size": vocab_size})
+    if cfg.init_from not in ("scratch", "resume", "auto"):  # GPT-2, from Hugging Face or in its format
+        path = Path(cfg.init_from) / "config.json"
+        try:
+            sizes = dict(zip(("n_layer", "n_head", "n_embd"), GPT2.get(cfg.init_from, ()), strict=False))
+            sizes = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else sizes | {"vocab_size": 50257}
+            vars(c).update({key: sizes[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not that of a GPT-2 ({type(error).__name__}: {error})") from None
+        c.position, c.norm, c.mlp, c.attention, c.bias, c.qk_norm = (
+            "learned",
+            "layernorm",
+            "gelu_tanh",
+            "sdpa",
+            True,
+            False,
+        )
+        c.n_kv_head, c.head_dim, c.n_inner = None, None, sizes.get("n_inner")
+        c.tie_embeddings = sizes.get("tie_word_embeddings", True)
+    usual = min(c.n_layer, c.n_head, c.n_embd) >= 1 and c.n_embd % (2 * c.n_head) == 0 and 0 <= c.dropout < 1
+    if not usual or c.n_kv_head or c.head_dim or c.n_inner:  # perhaps impossible: GPTConfig knows, and says why
+        from model import GPTConfig
+
+        return GPTConfig(**{field.name: getattr(c, field.name) for field in fields(GPTConfig)})
+    c.head_dim, c.n_kv_head = c.n_embd // c.n_head, c.n_head
+    c.n_inner = 8 * math.ceil(c.n_embd / 3) if c.mlp == "swiglu" else 4 * c.n_embd
+    return c
+
+
+def data_sizes(cfg: TrainConfig) -> tuple[int, int, int] | None:
+    """Vocabulary, tokens to train on, and tokens of the shortest file of the data set; None where it is not there."""
+    if not any((root / cfg.data_dir / cfg.dataset).is_dir() for root in (Path(), ROOT)):
+        return None
+    from data import Split, find_dataset, read_meta
+
+    folder = find_dataset(cfg.data_dir, cfg.dataset)
+    meta = read_meta(folder)
+    train, val = (Split(folder, name, 1, meta) for name in ("train", "val"))
+    return meta["vocab_size"], train.tokens, min(len(shard) for shard in train.shards + val.shards)
+
+
+def find_device(plan_device: str | None, device: str) -> tuple[str, float | None]:
+    """Name of the device to plan for, and its memory in bytes if known: plan_device, or what `device` is here."""
+    if plan_device:
+        names = {name.lower().removeprefix("rtx "): name for name in PEAK_TFLOPS}
+        name = names.get(plan_device.lower().replace("-", " ").replace("_", " ").removeprefix("rtx "))
+        if name is None:
+            raise ValueError(f"plan_device={plan_device!r}: expected {' | '.join(names)}")
+        return name, MEMORY_GB[name] * 1e9
+    if device != "cpu" and shutil.which("nvidia-smi"):
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    return "cpu", ram_bytes()
+
+
+def concerns(cfg: TrainConfig, n_params: int, data: tuple[int, int, int] | None) -> list[str]:
+    """What looks like a mistake in the settings of a training run, a line each. `data`: see data_sizes."""
+    tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+    lr_decay_iters = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
+    found = []
+    finetuning = cfg.init_from not in ("scratch", "resume", "auto")  # takes smaller steps
+    if not finetuning and 1e8 <= n_params <= 2e9 and not 1 / 4 <= tokens_per_step / GPT2_TOKENS_PER_STEP <= 4:
+        found.append(f"{tokens_per_step:,} tokens a step: models of this size take about {GPT2_TOKENS_PER_STEP:,}")
+    if cfg.decay_lr and lr_decay_iters != cfg.max_iters:
+        found.append(f"lr_decay_iters={lr_decay_iters} is not max_iters={cfg.max_iters}")
+    if cfg.decay_lr and 0 < min(cfg.max_iters, lr_decay_iters) <= cfg.warmup_iters:
+        found.append(f"warmup_iters={cfg.warmup_iters}: the learning rate is still rising when the run ends")
+    if data and data[2] <= cfg.block_size:
+        found.append(f"block_size={cfg.block_size}: too long, the shortest file of the data has {data[2]:,} tokens")
+    if data and cfg.max_iters * tokens_per_step > 4 * data[1]:
+        found.append("more than 4 epochs: tokens teach less each time they are repeated (arXiv:2305.16264)")
+    return found
+
+
+def plan(cfg: TrainConfig, world_size: int = 1, plan_device: str | None = None) -> str:
+    """What `world_size` processes with these settings will take, as text. ValueError where they are impossible.
+
+    It is planned for `plan_device`, a name of record.PEAK_TFLOPS in any case, or else for the device of this machine.
+    """
+    if cfg.gradient_accumulation_steps % world_size:
+        steps = cfg.gradient_accumulation_steps
+        raise ValueError(f"gradient_accumulation_steps={steps}: {world_size} processes share them, give a multiple")
+    data = data_sizes(cfg)
+    c = model_config(cfg, padded_vocab_size(data[0] if data else 50257))
+    device, available = find_device(plan_device, cfg.device)
+    gpu, dtype = device != "cpu", cfg.dtype
+    if dtype == "auto":
+        dtype = "float32" if not gpu else "float16" if re.search("V100|T4", device) else "bfloat16"
+    sizes, flops, micro_steps = parameters(c), flops_per_token(c), cfg.gradient_accumulation_steps // world_size
+    n_params = sum(sizes.values())
+    tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+    tokens = cfg.max_iters * tokens_per_step
+    speed = ASSUMED_MFU * world_size * (peak_flops(device, dtype) or 0)  # FLOP/s
+
+    lines = {"plan": f"{world_size} x {device} in {dtype}; nothing is run or written"}
+    lines["parameters"] = f"{n_params:,}: " + ", ".join(f"{part} {size:,}" for part, size in sizes.items())
+    known = f"{data[1]:,} tokens to train on" if data else "not there, GPT-2's vocabulary is assumed"
+    lines["data"] = f"{Path(cfg.data_dir) / cfg.dataset}: {known}; vocab_size {c.vocab_size:,}"
+    if not cfg.eval_only:
+        sequences = f"{cfg.batch_size} sequences of {cfg.block_size:,} x {micro_steps} micro-batches"
+        lines["step"] = f"{tokens_per_step:,} tokens: {sequences} x {world_size} devices"
+        epochs = f", {tokens / data[1]:,.1f} epochs" if data else ""
+        lines["run"] = f"{cfg.max_iters:,} steps, {tokens:,} tokens{epochs}"
+        lines["tokens/weight"] = f"{tokens / n_params:,.2f}; 20 is the best use of compute (arXiv:2203.15556)"
+        lines["FLOPs"] = f"{flops:.3g} a token, {flops * tokens:.3g} in all"
+        lines["time"] = f"unknown: no peak to go by for {device} in {dtype}; --plan_device=h100 names a device"
+        if speed:
+            lines["time"] = f"{timedelta(seconds=round(flops * tokens / speed))}, {speed / flops:,.0f} tokens/s"
+            lines["time"] += f", assuming that {ASSUMED_MFU:.0%} of {device}'s peak is reached (MFU)"
+        lines["checkpoint"] = f"{checkpoint_bytes(c):,} bytes"
+
+    width, windows = 4 if dtype == "float32" else 2, EVAL_BATCH * cfg.eval_iters or EVAL_TOKENS
+    moments = memory(c, cfg.batch_size, width, gpu, windows, micro_steps, world_size)
+    if cfg.eval_only:
+        moments = {"evaluation": moments["evaluation"] | {"AdamW": 0, "gradients": 0}}
+    totals = {moment: sum(parts.values()) for moment, parts in moments.items()}
+    peak = max(totals.values())
+    has = f", of {available / 1e9:,.0f} GB" if available else ""
+    lines["memory"] = f"{peak / 1e9:,.2f} GB at the peak of each process{has}, besides PyTorch's own 0.3 to 1 GB"
+    lines["  in MB"] = "".join(f"{part:>13}" for part in (*moments["evaluation"], "total"))
+    for moment, parts in moments.items():
+        lines[f"  {moment}"] = "".join(f"{size / 1e6:13,.1f}" for size in (*parts.values(), totals[moment]))
+    if not cfg.eval_only:
+        kept = kept_for_backward(c, cfg.batch_size, width, gpu)
+        lines["  activations"] = ", ".join(f"{part} {size / 1e6:,.1f}" for part, size in kept.items())
+
+    warnings = [] if cfg.eval_only else concerns(cfg, n_params, data)
+    if cfg.init_from in ("resume", "auto"):
+        warnings.append(f"init_from={cfg.init_from}: these are the settings given, not those of a checkpoint")
+    if available and peak * (1 if gpu else world_size) > available:
+        warnings.append("not enough memory: lower batch_size, and raise gradient_accumulation_steps")
+    return "\n".join([f"{name:<18}{line}" for name, line in lines.items()] + [f"warning: {text}" for text in warnings])

@@ -1,0 +1,198 @@
+"""Write text with a trained GPT: from train.py's out_dir, from nanoGPT's ckpt.pt, or from GPT-2.
+
+python sample.py --out_dir=out-shakespeare-char --start="ROMEO:" --num_samples=3
+
+python sample.py --init_from=gpt2 --start="What is the answer to life, the universe, and everything?" --stream
+
+The text goes to standard output, all else to standard error.
+"""
+
+import codecs
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from config import SampleConfig, one_line_errors, parse_command_line, resolve_device, resolve_dtype
+
+# Before torch is imported, so that --help and a misspelt setting are answered at once.
+SETTINGS = parse_command_line(SampleConfig, __doc__) if __name__ == "__main__" else None
+
+import torch
+
+import checkpoint
+from data import find_dataset, read_meta
+from model import GPT
+from tokenizer import Tokenizer, encode_prompt, from_description
+
+SEPARATOR = "---------------"  # between samples, as nanoGPT prints it
+
+
+class Text:
+    """One sample's text as its tokens arrive: whole UTF-8 characters only, and nothing from a stop string on."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.text, self.shown, self.done = "", 0, False
+
+    def add(self, token: int) -> None:
+        if not self.done:
+            self.extend(self.decoder.decode(self.tokenizer.decode_bytes([token])))
+
+    def extend(self, piece: str) -> None:
+        before = len(self.text)
+        self.text += piece
+        # a stop string may begin in earlier text, so look back by all but its last character
+        found = [self.text.find(stop, max(0, before - len(stop) + 1)) for stop in self.stop]
+        if any(at >= 0 for at in found):
+            self.text, self.done = self.text[: min(at for at in found if at >= 0)], True
+
+    def ready(self) -> str:
+        """What can be shown now and was not yet: all but an end that may turn out to begin a stop string."""
+        held = 0
+        if not self.done:
+            starts = (n for stop in self.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
+            held = max(starts, default=0)
+        piece = self.text[self.shown : len(self.text) - held]
+        self.shown += len(piece)
+        return piece
+
+    def finish(self) -> str:
+        """No more tokens will come: what is left to show, a character cut short as a replacement character."""
+        if not self.done:
+            self.extend(self.decoder.decode(b"", final=True))
+        self.done = True
+        return self.ready()
+
+
+def load(cfg: SampleConfig) -> tuple[GPT, Tokenizer]:
+    """The model, on the CPU, and the tokenizer that it was trained with."""
+    if cfg.init_from != "resume":
+        return GPT.from_pretrained(cfg.init_from), from_description({"kind": "gpt2"})
+    path = Path(cfg.out_dir)
+    if not path.is_file():
+        path = next((p for p in (path / "best.pt", path / "ckpt.pt") if p.is_file()), path / "ckpt.pt")
+    saved = checkpoint.load(path, mmap=True)  # the optimizer's part stays on the disk
+    model = checkpoint.build_model(saved, path, dropout=0.0)
+    if "tokenizer" in saved:
+        description = saved["tokenizer"]
+    elif model.config.vocab_size >= 50257:  # nanoGPT's own checkpoints name a data set, not a tokenizer
+        description = {"kind": "gpt2"}
+    else:
+        description = read_meta(find_dataset(cfg.data_dir, saved["config"].get("dataset", "")))["tokenizer"]
+    tokenizer = from_description(description)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{path}: its {model.config.vocab_size} tokens are not those of the tokenizer ({tokenizer.vocab_size})"
+        )
+    val_loss = saved.get("val_loss", saved["best_val_loss"])
+    print(f"{path}: iteration {saved['iter_num']}, val loss {val_loss:.4f}", file=sys.stderr)
+    return model, tokenizer
+
+
+def read_prompt(start: str) -> str:
+    try:
+        if start == "-":
+            return sys.stdin.buffer.read().decode("utf-8")
+        if start.startswith("FILE:"):
+            return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"start={start}: not UTF-8 text") from None
+    return start
+
+
+def with_progress(steps: Iterable, total: int) -> Iterable:
+    """A bar on a terminal while nothing else is to be seen."""
+    if not sys.stderr.isatty():
+        return steps
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(steps, "writing", total, console=Console(stderr=True), transient=True)
+
+
+def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
+    device = resolve_device(cfg.device)
+    dtype = resolve_dtype(cfg.dtype, device)
+    model, tokenizer = load(cfg)
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise ValueError(f"the weights of {cfg.out_dir} are not all finite: the run that made them had diverged")
+    for parameter in model.parameters():  # generating reads every weight for every token: half the bytes, half the time
+        parameter.data = parameter.data.to(device, dtype)
+    model.eval()
+    if cfg.compile is True:  # shapes grow with each token, so one graph for all of them
+        print("compiling the model takes half a minute", file=sys.stderr)
+        model.compile(dynamic=True)
+
+    def generate(prompt: str, samples: Sequence[int], stream: bool) -> int:
+        """Write a continuation of the prompt for each number in `samples`, side by side; returns the tokens made."""
+        ids = encode_prompt(tokenizer, prompt)
+        if not ids:
+            raise ValueError("start is empty: the model needs at least one token to go on from")
+        idx = torch.tensor([ids] * len(samples), device=device)  # (B, T)
+        texts = [Text(tokenizer, cfg.stop) for _ in samples]
+        tokens = model.generate(
+            idx,
+            cfg.max_new_tokens,
+            [torch.Generator().manual_seed(cfg.seed + sample) for sample in samples],
+            vocab_size=tokenizer.vocab_size,
+            kv_cache=cfg.kv_cache,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+            min_p=cfg.min_p,
+            repetition_penalty=cfg.repetition_penalty,
+        )
+        made = 0
+        if stream:
+            print(prompt, end="", flush=True)
+        for new in tokens if stream else with_progress(tokens, cfg.max_new_tokens):
+            made += sum(not text.done for text in texts)
+            for text, token in zip(texts, new[:, 0].tolist(), strict=True):
+                text.add(token)
+            if stream:
+                print(texts[0].ready(), end="", flush=True)
+            if all(text.done for text in texts):
+                break
+        for sample, text in zip(samples, texts, strict=True):
+            rest = text.finish()
+            print(rest if stream else prompt + text.text)
+            if sample < cfg.num_samples - 1:
+                print(SEPARATOR)
+        return made
+
+    started, made = time.perf_counter(), 0
+    if cfg.interactive:
+        cfg.num_samples = 1 if origin["num_samples"] == "default" else cfg.num_samples
+        print("a prompt a line, end with Ctrl-D", file=sys.stderr)
+    prompts = iter_prompts() if cfg.interactive else [read_prompt(cfg.start)]
+    for prompt in prompts:
+        # streamed samples come one after the other; each draws from its own seed, so they are the same as side by side
+        one_by_one = cfg.stream or cfg.interactive
+        batches = [[i] for i in range(cfg.num_samples)] if one_by_one else [range(cfg.num_samples)]
+        for samples in batches:
+            try:
+                made += generate(prompt, samples, stream=one_by_one)
+            except ValueError as error:  # a prompt the tokenizer cannot read should not end the conversation
+                if not cfg.interactive:
+                    raise
+                print(f"error: {error}", file=sys.stderr)
+                break
+    seconds = time.perf_counter() - started
+    print(f"{made} tokens in {seconds:.1f} s, {made / seconds:.1f} tokens/s", file=sys.stderr)
+
+
+def iter_prompts() -> Iterable[str]:
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(*SETTINGS)

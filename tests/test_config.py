@@ -1,0 +1,219 @@
+"""config.py and the command lines made from it."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import config
+from config import SampleConfig, TrainConfig, parse
+from model import GPTConfig
+from tests.conftest import ROOT
+
+
+def value(key: str, *arguments: str, cls=TrainConfig):
+    return getattr(parse(cls, list(arguments))[0], key)
+
+
+@pytest.mark.parametrize(
+    "arguments, key, expected",
+    [
+        (["--batch_size=8"], "batch_size", 8),
+        (["--batch-size=8"], "batch_size", 8),
+        (["--batch-size", "8"], "batch_size", 8),
+        (["--batch_size", "8"], "batch_size", 8),
+        (["--batch_size=3", "--batch_size=8"], "batch_size", 8),
+        (["--learning_rate=1"], "learning_rate", 1.0),
+        (["--learning_rate=1e-3"], "learning_rate", 1e-3),
+        (["--dropout=0"], "dropout", 0.0),
+        (["--compile=False"], "compile", False),
+        (["--compile"], "compile", True),
+        (["--compile", "False"], "compile", False),
+        (["--compile=auto"], "compile", "auto"),
+        (["--no-compile"], "compile", False),
+        (["--no_compile"], "compile", False),
+        (["--eval_only"], "eval_only", True),
+        (["--eval_only", "--compile"], "eval_only", True),
+        (["--eval-only=true"], "eval_only", True),
+        (["--always_save_checkpoint=False"], "always_save_checkpoint", False),
+        (["--n_kv_head=None"], "n_kv_head", None),
+        (["--n_kv_head=2"], "n_kv_head", 2),
+        (["--position=none"], "position", "none"),
+        (["--wandb_run_name=a=b=c"], "wandb_run_name", "a=b=c"),
+        (["--out_dir=2024"], "out_dir", "2024"),
+        (["--wandb_run_name="], "wandb_run_name", ""),
+    ],
+)
+def test_accepted_spellings(arguments, key, expected):
+    found = value(key, *arguments)
+    assert found == expected and type(found) is type(expected)
+
+
+def test_sampling_values():
+    assert value("top_k", "--top_k=None", cls=SampleConfig) is None
+    assert value("temperature", "--temperature=1", cls=SampleConfig) == 1.0
+    assert value("start", "--start=42", cls=SampleConfig) == "42"
+    assert value("start", "--start=None", cls=SampleConfig) == "None"
+    assert value("start", "--start", "-", cls=SampleConfig) == "-"
+    assert value("start", "--start", "--batch", cls=SampleConfig) == "--batch"
+    assert value("stop", "--stop=a", "--stop", "b\n", cls=SampleConfig) == ("a", "b\n")
+    assert value("stop", cls=SampleConfig) == ()
+
+
+@given(st.text())
+def test_any_text_comes_through(text):
+    assert value("wandb_run_name", f"--wandb_run_name={text}") == text
+    assert value("wandb_run_name", "--wandb_run_name", text) == text
+
+
+@given(st.integers(min_value=1, max_value=2**63 - 1))
+def test_any_integer_comes_through(number):
+    assert value("batch_size", f"--batch_size={number}") == number
+
+
+@given(st.floats(min_value=0, max_value=2**62))
+def test_any_float_comes_through(number):
+    assert value("weight_decay", f"--weight_decay={number!r}") == number
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--lerning_rate=1"], "unknown setting 'lerning_rate': did you mean 'learning_rate'?"),
+        (["--xyzzy"], "unknown setting 'xyzzy'; --help lists them all"),
+        (["--no-batch_size"], "unknown setting 'no_batch_size'"),
+        (["--batch_size=eight"], "batch_size='eight': expected int"),
+        (["--batch_size=1.5"], "batch_size='1.5': expected int"),
+        (["--batch_size=None"], "batch_size='None': expected int"),
+        (["--batch_size=0"], "batch_size=0: must be at least 1"),
+        (["--init_from=scrach"], "init_from='scrach': expected scratch | resume | auto | gpt2"),
+        (["--backend=foo"], "backend='foo': expected auto | nccl | gloo"),
+        (["--batch_size"], "--batch_size needs a value: int"),
+        (["--learning_rate=nan"], "learning_rate=nan: must be at least 0"),
+        (["--learning_rate=-1"], "learning_rate=-1.0: must be at least 0"),
+        (["--beta2=1"], "beta2=1.0: must be at least 0 and below 1"),
+        (["--compile=maybe"], "compile='maybe': expected True | False | auto"),
+        (["--position=up"], "position='up': expected learned | sinusoidal | rope | none"),
+        (["--n_kv_head=x"], "n_kv_head='x': expected int | None"),
+        (["nothing.py"], "no config file 'nothing.py'"),
+        (["batch_size=8"], "no config file 'batch_size=8'; settings are given as --key=value"),
+        (["-b", "8"], "-b"),
+    ],
+)
+def test_wrong_command_lines_are_one_line_and_exit_2(command, arguments, message):
+    result = command("train.py", *arguments)
+    assert result.code == 2
+    assert result.out == ""
+    (line,) = result.err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_files_then_flags(tmp_path):
+    own = "import time\nfrom math import pi as n_head\n_n = 7\ndef helper(): pass\nclass C: pass\n"
+    (tmp_path / "a.py").write_text(own + "batch_size = 2 * 3\nn_layer = 2\nseed = _n")
+    (tmp_path / "b.py").write_text("n_layer = 5\nlearning_rate = 1\nlr_decay_iters = None")
+    a, b = str(tmp_path / "a.py"), str(tmp_path / "b.py")
+    cfg, origin = parse(TrainConfig, ["--seed=9", a, b])
+    assert (cfg.batch_size, cfg.n_layer, cfg.seed, cfg.learning_rate) == (6, 5, 9, 1.0)
+    assert type(cfg.learning_rate) is float
+    assert (origin["batch_size"], origin["n_layer"], origin["seed"]) == (a, b, "flag")
+    assert origin["n_head"] == "default"
+    assert parse(TrainConfig, [b, a])[0].n_layer == 2
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("lerning_rate = 1", "unknown setting 'lerning_rate': did you mean 'learning_rate'?"),
+        ("dropout = 'x'", "dropout='x': expected float"),
+        ("batch_size = 1.0", "batch_size=1.0: expected int"),
+        ("batch_size = True", "batch_size=True: expected int"),
+        ("compile = 1", "compile=1: expected True | False | auto"),
+        ("out_dir = 5", "out_dir=5: expected text"),
+        ("batch_size = ", "SyntaxError"),
+        ("batch_size = 1 / 0", "ZeroDivisionError"),
+    ],
+)
+def test_wrong_config_files_are_named(command, tmp_path, text, message):
+    (tmp_path / "mine.py").write_text(text)
+    result = command("train.py", "mine.py")
+    assert result.code == 2 and result.out == ""
+    (line,) = result.err.splitlines()
+    assert line.startswith("error: mine.py") and message in line
+
+
+def test_nanogpts_config_paths_find_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert value("dataset", "config/train_shakespeare_char.py") == "shakespeare_char"
+    assert value("init_from", "config/eval_gpt2_xl.py") == "gpt2-xl"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda path: path.stem)
+def test_our_configs_parse_and_say_how_to_run_them(path):
+    cfg, _ = parse(TrainConfig, [str(path)])
+    GPTConfig(vocab_size=64, **{f.name: getattr(cfg, f.name) for f in fields(GPTConfig) if hasattr(cfg, f.name)})
+    header = path.read_text(encoding="utf-8").split("\n\n")[0]
+    assert f"train.py configs/{path.name}" in header
+    assert "loss" in header
+
+
+def test_models_defaults_are_the_commands_but_for_nanogpts_two():
+    # train.py of nanoGPT has bias=False, its GPTConfig bias=True
+    ours, models = TrainConfig(), GPTConfig()
+    raw = {field.name: field.default for field in fields(GPTConfig)}
+    shared = [name for name in raw if hasattr(ours, name)]
+    assert {name for name in shared if getattr(ours, name) != raw[name]} == {"bias"}
+    assert set(raw) - set(shared) == {"vocab_size"} and models.vocab_size == 50304
+
+
+@pytest.mark.parametrize("script, cls", [("train.py", TrainConfig), ("sample.py", SampleConfig)])
+def test_help_lists_every_option_without_importing_torch(script, cls):
+    program = (
+        f"import sys, runpy; sys.argv = ['{script}', '--help']\n"
+        f"try: runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "heavy = {'torch', 'numpy', 'tiktoken', 'transformers', 'wandb', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    environment = {"COLUMNS": "200", "PATH": "", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    for field in fields(cls):
+        (line,) = [line for line in result.stdout.splitlines() if line.strip("│ ").startswith(f"--{field.name} ")]
+        assert len(line.split()) > 4, f"{field.name} is not described"
+
+
+def test_settings_of_a_resumed_run():
+    cfg, origin = parse(TrainConfig, ["--n_layer=3"])
+    saved = {"n_layer": 7, "batch_size": 5, "learning_rate": 1, "device": "cuda", "of_another_version": 1}
+    cfg, origin = config.restore(cfg, origin, saved, but={"device"})
+    assert (cfg.n_layer, cfg.batch_size, cfg.learning_rate, cfg.device) == (3, 5, 1.0, "auto")
+    assert (origin["n_layer"], origin["batch_size"], origin["device"]) == ("flag", "checkpoint", "default")
+    with pytest.raises(ValueError, match="batch_size='x'"):
+        config.restore(*parse(TrainConfig, []), {"batch_size": "x"}, but=set())
+
+
+def test_devices_that_are_not_here():
+    import torch
+
+    cpu = config.resolve_device("cpu")
+    assert cpu == torch.device("cpu")
+    assert config.resolve_dtype("auto", cpu) == torch.float32
+    assert config.resolve_dtype("bfloat16", cpu) == torch.bfloat16
+    with pytest.raises(ValueError, match="device='tpu': expected auto"):
+        config.resolve_device("tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device='cuda:3': not available on this machine"):
+            config.resolve_device("cuda:3")
+
+
+def test_files_are_opened_with_an_encoding_everywhere():
+    """On Windows open() reads cp1252 unless told otherwise."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("prepare/*.py")]:
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+            if any(call in line for call in (".read_text(", ".write_text(", '.open("w"', '.open("r"', '.open("a"')):
+                assert "encoding=" in line, f"{path.name}:{number}"

@@ -1,0 +1,379 @@
+"""plan.py against the model, against what autograd keeps, and against processes that train."""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import plan as room
+from config import TrainConfig, parse
+from model import GPT, GPTConfig
+from plan import parameters, plan
+from record import PEAK_TFLOPS
+from tests.conftest import ROOT, TINY
+
+GPT2 = {"vocab_size": 50257, "block_size": 1024, "bias": True}
+
+
+def settings(*arguments: str) -> TrainConfig:
+    return parse(TrainConfig, list(arguments))[0]
+
+
+def same_fields(config: TrainConfig, vocab_size: int) -> GPTConfig:
+    own = {field.name: getattr(config, field.name) for field in fields(GPTConfig) if hasattr(config, field.name)}
+    return GPTConfig(vocab_size=vocab_size, **own)
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+def test_parameters_of_gpt2_are_those_in_the_literature():
+    small = GPTConfig(n_layer=12, n_head=12, n_embd=768, **GPT2)
+    xl = GPTConfig(n_layer=48, n_head=25, n_embd=1600, **GPT2)
+    assert sum(parameters(small).values()) == 124_439_808
+    assert sum(parameters(xl).values()) == 1_557_611_200
+    # each block: 12 C^2 + 13 C weights, of which 4 C^2 + 4 C in attention, 8 C^2 + 5 C in the MLP, 4 C in the norms
+    assert parameters(xl) == {
+        "embeddings": (50257 + 1024) * 1600,
+        "attention": 48 * (4 * 1600**2 + 4 * 1600),
+        "MLP": 48 * (8 * 1600**2 + 5 * 1600),
+        "norms": 48 * 4 * 1600 + 2 * 1600,
+    }
+
+
+SWITCHES = [
+    {},
+    {"bias": False, "tie_embeddings": False},
+    {"attention": "explicit"},
+    {"dropout": 0.1},
+    {"attention": "explicit", "dropout": 0.1},
+    {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False},
+    {"position": "none", "mlp": "relu2", "n_kv_head": 1},
+    {"position": "sinusoidal", "mlp": "gelu_tanh", "head_dim": 10, "n_inner": 50},
+    {"position": "rope", "qk_norm": True, "n_kv_head": 2},
+    {"position": "rope", "qk_norm": True, "n_kv_head": 2, "attention": "explicit", "dropout": 0.1},
+    {"norm": "rmsnorm", "qk_norm": True, "dropout": 0.1},
+    {"qk_norm": True, "attention": "explicit"},
+]
+
+
+def small_config(**switches) -> GPTConfig:
+    sizes = {"vocab_size": 70, "block_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 32}
+    return GPTConfig(**sizes | switches)
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_parameters_and_flops_are_the_models(switches):
+    config = small_config(**switches)
+    model = GPT(config)
+    of_part = dict.fromkeys(("embeddings", "attention", "MLP", "norms"), 0)
+    for name, parameter in model.named_parameters():
+        norm = "ln_" in name or "_norm" in name
+        part = "norms" if norm else "attention" if ".attn." in name else "MLP" if ".mlp." in name else "embeddings"
+        of_part[part] += parameter.numel()
+    assert parameters(config) == of_part
+    assert room.flops_per_token(config) == model.flops_per_token()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--mlp=swiglu", "--n_embd=96", "--position=rope"],
+        ["--n_kv_head=3", "--n_inner=100", "--head_dim=20"],
+        ["--n_embd=36", "--position=sinusoidal"],  # heads of 3 channels
+    ],
+)
+def test_the_planned_model_is_the_one_that_train_makes(arguments):
+    cfg = settings(*arguments)
+    planned, made = room.model_config(cfg, 65), same_fields(cfg, 65)
+    assert {field.name: getattr(planned, field.name) for field in fields(GPTConfig)} == vars(made)
+
+
+def test_pretrained_models_are_planned_from_their_names_or_folders(tmp_path):
+    for name, n_params in (("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080)):
+        planned = room.model_config(settings(f"--init_from={name}", "--norm=rmsnorm", "--n_layer=1"), 65)
+        assert sum(parameters(planned).values()) == n_params
+    hf = {"n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": 65, "n_inner": 20}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    planned = room.model_config(settings(f"--init_from={tmp_path}"), 65)
+    assert (planned.n_layer, planned.n_embd, planned.n_inner, planned.mlp) == (2, 8, 20, "gelu_tanh")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="not that of a GPT-2"):
+        room.model_config(settings(f"--init_from={tmp_path}"), 65)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--n_embd=17"], "n_embd=17 is not divisible by n_head=12"),
+        (["--n_kv_head=5"], "n_head=12 is not divisible by n_kv_head=5"),
+        (["--n_layer=0"], "n_layer=0"),
+        (["--n_head=0"], "n_head=0"),
+        (["--dropout=1"], r"dropout=1\.0"),
+        (["--gradient_accumulation_steps=3"], "gradient_accumulation_steps=3: 2 processes share them"),
+    ],
+)
+def test_what_train_refuses_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plan(settings(*arguments, "--dataset=nothing"), world_size=2)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def kept_by_autograd(config: GPTConfig, B: int, dtype: torch.dtype, device: str) -> int:
+    """Bytes of the tensors, the weights apart, that a forward pass leaves for backward. Views count once."""
+    model = GPT(config).to(device).train()
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found = {}  # holding on to the storages, so that no address is used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    x, y = torch.randint(config.vocab_size, (2, B, config.block_size), device=device)
+    x, y = x.clone(), y.clone()
+    autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        model(x, y)
+    return sum(storage.nbytes() for storage in found.values())
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_activations_are_what_autograd_keeps(switches, dtype):
+    config = small_config(**switches)
+    kept = room.kept_for_backward(config, 3, dtype.itemsize, gpu=False)
+    assert sum(kept.values()) == kept_by_autograd(config, 3, dtype, "cpu") - 4  # the loss keeps its number of targets
+
+
+def test_activations_at_the_size_of_a_real_model():
+    config = GPTConfig(vocab_size=1000, block_size=256, n_layer=2, n_head=6, n_embd=384, bias=False)
+    kept = room.kept_for_backward(config, 4, 4, gpu=False)
+    assert sum(kept.values()) == kept_by_autograd(config, 4, torch.float32, "cpu") - 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_activations_are_what_autograd_keeps_on_a_gpu(switches, dtype):
+    config = small_config(**switches)
+    kept = room.kept_for_backward(config, 3, dtype.itemsize, gpu=True)
+    assert sum(kept.values()) == pytest.approx(kept_by_autograd(config, 3, dtype, "cuda"), rel=0.15)
+
+
+MEASURE = """
+import os, sys
+from config import TrainConfig, parse
+import train
+
+def resident(key):
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(key))
+
+def run(*arguments):
+    train.main(*parse(TrainConfig, [*sys.argv[1:], *arguments]))
+
+# the same with a tiny model first: libraries load what they use, oneDNN compiles its kernels
+run("--n_layer=1", "--n_head=2", "--n_embd=8", "--batch_size=2", "--block_size=8", "--out_dir=warm")
+before = resident("VmRSS")
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # forget the highest so far
+run("--out_dir=measured")
+print("grown", resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "moment, arguments",
+    [
+        ("blocks, backward", "--vocab=65 --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12"),
+        ("blocks, backward", "--vocab=65 --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=8"),
+        (
+            "blocks, backward",
+            "--vocab=65 --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=8 --dtype=bfloat16",
+        ),
+        (
+            "blocks, backward",
+            "--vocab=65 --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=8 "
+            "--position=rope --norm=rmsnorm --mlp=swiglu --qk_norm --n_kv_head=2",
+        ),
+        (
+            "blocks, backward",
+            "--vocab=65 --n_layer=3 --n_head=4 --n_embd=128 --block_size=1024 --batch_size=2 --attention=explicit",
+        ),
+        (
+            "end of backward",
+            "--vocab=65 --n_layer=4 --n_head=8 --n_embd=512 --block_size=32 --batch_size=2",
+        ),
+        ("loss, backward", "--vocab=50257 --n_layer=2 --n_head=4 --n_embd=64 --block_size=64 --batch_size=16"),
+        ("evaluation", "--vocab=50257 --n_layer=2 --n_head=4 --n_embd=64 --block_size=128 --batch_size=2"),
+    ],
+)
+def test_the_peak_is_within_15_percent_of_a_training_process(tmp_path, moment, arguments):
+    vocab, *arguments = arguments.split()
+    vocab = int(vocab.removeprefix("--vocab="))
+    folder = tmp_path / "data" / "ids"
+    folder.mkdir(parents=True)
+    for name, n in (("train", 100_000), ("val", 20_000)):
+        np.random.default_rng(n).integers(vocab, size=n).astype("<u2").tofile(folder / f"{name}.bin")
+    if vocab == 65:
+        chars = {"kind": "char", "chars": "".join(chr(48 + i) for i in range(65)), "end_of_text": False}
+        meta = {"tokenizer": chars, "vocab_size": 65, "dtype": "uint16", "splits": {}}
+        (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    common = ["--data_dir=data", "--dataset=ids", "--device=cpu", "--gradient_accumulation_steps=1", "--max_iters=3"]
+    common += ["--eval_interval=2", "--eval_iters=1", "--warmup_iters=1", "--learning_rate=1e-4"]
+    # memory that is freed goes back to the system at once, so that what is resident is what is in use
+    malloc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, *common, *arguments],
+        **{"cwd": tmp_path, "text": True, "capture_output": True, "timeout": 280},
+        env=os.environ | malloc | {"PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 0, result.stderr
+    grown = int(re.search(r"^grown (\d+)$", result.stdout, re.MULTILINE)[1])
+
+    cfg = settings(*common, *arguments)
+    config = room.model_config(cfg, room.padded_vocab_size(vocab))
+    width = 4 if cfg.dtype == "auto" else 2
+    moments = room.memory(config, cfg.batch_size, width, False, 12, micro_steps=1, processes=1)
+    totals = {name: sum(parts.values()) for name, parts in moments.items()}
+    assert max(totals, key=totals.get) == moment
+    assert totals[moment] == pytest.approx(grown, rel=0.15)
+
+
+def test_the_checkpoint_is_as_large_as_planned(train, tmp_path, data_dir):
+    arguments = ("--n_embd=128", "--n_layer=4", "--n_head=4", "--position=sinusoidal")
+    assert train("--max_iters=1", *arguments).code == 0
+    config = same_fields(settings(*TINY, *arguments), data.read_meta(data_dir / "tiny")["vocab_size"])
+    size = (tmp_path / "out" / "ckpt.pt").stat().st_size
+    assert room.checkpoint_bytes(config) == pytest.approx(size, rel=0.02)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def lines(text: str) -> dict[str, str]:
+    return {line[:18].strip(): line[18:] for line in text.splitlines()}
+
+
+def test_without_data_gpt2s_vocabulary_is_assumed_and_it_says_so():
+    said = lines(plan(settings("--dataset=nothing", "--bias=True"), 1, "h100"))
+    assert said["parameters"].startswith("124,475,904: embeddings 39,419,904, ")  # 47 rows of padding
+    assert "not there, GPT-2's vocabulary is assumed; vocab_size 50,304" in said["data"]
+    assert "epochs" not in said["run"]
+
+
+def test_with_data_the_epochs_are_counted(data_dir):
+    cfg = settings(f"--data_dir={data_dir}", *TINY, "--max_iters=1000")
+    meta = json.loads((data_dir / "tiny" / "meta.json").read_text())
+    tokens = meta["splits"]["train"]["tokens"]
+    said = lines(plan(cfg))
+    assert said["step"].startswith("64 tokens: 4 sequences of 16 x 1 micro-batches")
+    assert said["run"] == f"1,000 steps, 64,000 tokens, {64_000 / tokens:.1f} epochs"
+    assert f"{tokens:,} tokens to train on; vocab_size {meta['vocab_size']}" in said["data"]
+
+
+def test_time_is_flops_over_the_share_of_the_peak_that_is_assumed():
+    cfg = settings("--max_iters=1000", "--n_layer=2", "--dataset=nothing")
+    model = GPT(same_fields(cfg, 50304))
+    flops = model.flops_per_token() * 1000 * 491_520
+    said = lines(plan(cfg, 8, "H100"))["time"]
+    hours, minutes, seconds = map(int, said.split(",")[0].split(":"))
+    assert 3600 * hours + 60 * minutes + seconds == pytest.approx(flops / (8 * 0.4 * 989e12), abs=0.6)
+    assert "assuming that 40% of H100's peak" in said
+    assert (
+        "unknown" in lines(plan(settings("--dtype=float32", "--dataset=nothing"), 1, "h100"))["time"]
+    )  # the peaks are of 16-bit types
+
+
+def test_devices_are_named_in_any_case_and_each_has_its_memory():
+    assert room.MEMORY_GB.keys() == PEAK_TFLOPS.keys()
+    for name in PEAK_TFLOPS:
+        assert room.find_device(name, "cpu") == (name, room.MEMORY_GB[name] * 1e9)
+    for spoken, name in {"h100": "H100", "4090": "RTX 4090", "rtx-3080": "RTX 3080", "H100-pcie": "H100 PCIe"}.items():
+        assert room.find_device(spoken, "auto")[0] == name
+    with pytest.raises(ValueError, match=r"plan_device='h10': expected b200 \| h200 \| .* \| 3080"):
+        plan(settings("--dataset=nothing"), 1, "h10")
+    for device, dtype in (("t4", "float16"), ("a100", "bfloat16")):
+        assert f" in {dtype};" in plan(settings("--dataset=nothing"), 1, device)
+
+
+def test_constants_are_those_of_the_rooms_they_are_from():
+    import train
+
+    assert (room.EVAL_TOKENS, room.EVAL_BATCH) == (data.EVAL_TOKENS, train.EVAL_BATCH)
+
+
+WARNINGS = {
+    "a step": ["--gradient_accumulation_steps=8"],
+    "lr_decay_iters": ["--lr_decay_iters=4000"],
+    "warmup_iters": ["--warmup_iters=5000"],
+    "block_size": ["--n_layer=2", "--n_embd=48", "--block_size=30000"],
+    "epochs": ["--max_iters=5000", "--n_embd=12"],
+    "memory": ["--batch_size=480", "--gradient_accumulation_steps=1"],
+    "not those of a checkpoint": ["--init_from=resume"],
+}
+
+
+@pytest.mark.parametrize("about", [None, *WARNINGS])
+def test_warnings_appear_where_they_should_and_nowhere_else(data_dir, about):
+    arguments = ["--max_iters=5000", "--dataset=nothing"]
+    if about in ("block_size", "epochs"):
+        arguments = ["--max_iters=1", "--warmup_iters=0", f"--data_dir={data_dir}", "--dataset=tiny", "--batch_size=1"]
+        arguments += ["--gradient_accumulation_steps=1"]
+    text = plan(settings(*arguments, *WARNINGS.get(about, [])), 1, "a100")
+    found = [line for line in text.splitlines() if line.startswith("warning: ")]
+    assert len(found) == (about is not None)
+    assert all(about in line for line in found)
+
+
+def test_warnings_know_finetuning_and_a_constant_learning_rate():
+    cfg = settings("configs/finetune_shakespeare.py", "--dataset=nothing")
+    assert room.concerns(cfg, 1_557_611_200, None) == []
+    cfg = settings("--decay_lr=False", "--warmup_iters=10", "--max_iters=5", "--lr_decay_iters=3")
+    assert room.concerns(cfg, 10**9, (50257, 10**12, 10**12)) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_the_shipped_configs_are_planned_and_nothing_is_written(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    for world_size, device in itertools.product((1, 8 if path.stem == "train_gpt2" else 1), (None, "h100")):
+        text = plan(settings(str(path), "--data_dir=nothing"), world_size, device)
+        assert re.search(r"^memory +[\d.]+ GB at the peak", text, re.MULTILINE), text
+        assert max(map(len, text.splitlines())) <= 150
+    assert ("step" in lines(text)) == (not path.stem.startswith("eval_"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gpt2_xl_is_planned_at_once_without_torch(tmp_path):
+    program = """
+import sys
+from config import TrainConfig, parse
+from plan import plan
+print(plan(parse(TrainConfig, sys.argv[1:])[0], 8, "h100"))
+assert "torch" not in sys.modules
+"""
+    started = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-c", program, "--n_layer=48", "--n_head=25", "--n_embd=1600", "--bias=True"],
+        **{"cwd": tmp_path, "capture_output": True, "text": True, "env": os.environ | {"PYTHONPATH": str(ROOT)}},
+    )
+    assert result.returncode == 0, result.stderr
+    assert time.perf_counter() - started < 2
+    assert lines(result.stdout)["parameters"].startswith("1,557,686,400: ")
+    assert list(tmp_path.iterdir()) == []

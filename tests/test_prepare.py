@@ -1,0 +1,416 @@
+import errno
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import os
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shakespeare_char
+import writer
+from hypothesis import given
+from hypothesis import strategies as st
+from writer import write_dataset
+
+from tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_description
+
+ROOT = Path(writer.__file__).resolve().parent.parent
+SCRIPTS = ["text", "python_stdlib", "shakespeare_char", "shakespeare", "openwebtext", "fineweb"]
+WORDS = [
+    "the",
+    "quick",
+    "fox's",
+    "1234",
+    "jumps,",
+    "over",
+    "",
+    "the",
+    "dog\n\n\tand",
+    "élan",
+    "漢字",
+    "🙂",
+    "it'll\r\n",
+]
+WORDS += ["<|endoftext|>", "3.14"]
+
+
+@pytest.fixture(scope="module")
+def gpt2(gpt2_bpe):
+    return GPT2Tokenizer()
+
+
+def some_text(seed: int, n_words: int) -> str:
+    return " ".join(np.random.default_rng(seed).choice(WORDS, n_words))
+
+
+def read(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """meta.json and the ids of each split, after checking that all that meta.json says of the files is so."""
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+    ids, tokenizer = {}, from_description(meta["tokenizer"])
+    assert (meta["vocab_size"], meta["end_of_text"]) == (tokenizer.vocab_size, tokenizer.end_of_text)
+    for split, counts in meta["splits"].items():
+        data = (folder / f"{split}.bin").read_bytes()
+        ids[split] = np.frombuffer(data, {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
+        assert counts["sha256"] == hashlib.sha256(data).hexdigest() and counts["tokens"] == len(ids[split])
+        text = tokenizer.decode_bytes(i for i in ids[split].tolist() if i != tokenizer.end_of_text)
+        assert counts["bytes"] == len(text)
+    return meta, ids
+
+
+# -- the writer --
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "gpt2"])
+def test_one_text_gives_the_ids_that_nanogpt_gives(tmp_path, gpt2, kind, monkeypatch):
+    monkeypatch.setattr(writer, "CHUNK", 1000)
+    text = some_text(0, 5000)
+    tokenizer = {"char": CharTokenizer("".join(sorted(set(text)))), "byte": ByteTokenizer(), "gpt2": gpt2}[kind]
+    pieces = [text[i : i + 777] for i in range(0, len(text), 777)]
+    write_dataset(tmp_path / "whole", [[text]], tokenizer, "a test", workers=1)
+    write_dataset(tmp_path / "pieces", [pieces], tokenizer, "a test", workers=3)
+    cut = int(len(text) * 0.9)
+    for folder in ("whole", "pieces"):
+        _, ids = read(tmp_path / folder)
+        assert ids["train"].tolist() == tokenizer.encode(text[:cut])
+        assert ids["val"].tolist() == tokenizer.encode(text[cut:])
+
+
+def test_few_documents_give_their_ends_and_each_part_is_ended(tmp_path, gpt2):
+    texts = [some_text(seed, 200) for seed in range(5)]
+    write_dataset(tmp_path / "set", [[text] for text in [*texts, ""]], gpt2, "a test", val_fraction=0.25)
+    train, val = [], []
+    for text in texts:
+        cut = int(len(text) * 0.75)
+        train += [*gpt2.encode(text[:cut]), 50256]
+        val += [*gpt2.encode(text[cut:]), 50256]
+    _, ids = read(tmp_path / "set")
+    assert (ids["train"].tolist(), ids["val"].tolist()) == (train, val)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_many_documents_are_split_whole_and_copies_stay_together(tmp_path, gpt2, workers, monkeypatch):
+    monkeypatch.setattr(writer, "CHUNK", 300)
+    texts = [some_text(seed % 300, 40) for seed in range(600)]  # each text twice
+    write_dataset(tmp_path / "set", [[text] for text in texts], gpt2, "a test", 0.2, workers=workers)
+    _, ids = read(tmp_path / "set")
+
+    def documents(split):
+        return [part.tolist()[:-1] for part in np.split(ids[split], np.flatnonzero(ids[split] == 50256) + 1)[:-1]]
+
+    val = documents("val")
+    assert 2 * 35 < len(val) < 2 * 85  # 60 are expected, and 7 the standard deviation
+    assert all(val.count(document) == 2 for document in val)
+    encoded = [gpt2.encode(text) for text in texts]
+    assert val == [document for document in encoded if document in val]
+    assert documents("train") == [document for document in encoded if document not in val]
+
+
+def test_a_small_fraction_of_many_documents_still_gives_a_val_split(tmp_path):
+    write_dataset(tmp_path / "set", [[f"document {i}"] for i in range(150)], ByteTokenizer(), "a test", 1e-9)
+    _, ids = read(tmp_path / "set")
+    assert bytes(ids["val"][:-1].astype(np.uint8)) == b"document 0"
+
+
+def test_where_text_is_cut_makes_no_difference_to_bpe(gpt2):
+    awkward = st.text(st.sampled_from("ab'st 01 .,\n\n\r\t\v\x1c\x85\xa0\u2028\u3000éñ漢字🙂\u0301\u200d<|>"))
+
+    @given(st.lists(st.one_of(awkward, st.text(st.characters(exclude_categories=["Cs"])))), st.integers(0, 9))
+    def check(pieces, size):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(writer, "CHUNK", size)
+            chunks = list(writer.chunks(pieces, writer.WORD_END))
+        assert "".join(chunks) == "".join(pieces)
+        assert [i for chunk in chunks for i in gpt2.encode(chunk)] == gpt2.encode("".join(pieces))
+
+    check()
+    assert len(list(writer.chunks([some_text(0, 100_000)], writer.WORD_END))) > 4  # it does cut
+
+
+def test_characters_need_no_whitespace_to_be_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "CHUNK", 100)
+    text = "ACGT" * 1000
+    assert max(map(len, writer.chunks([text], writer.ANYWHERE))) < 110
+    write_dataset(tmp_path / "set", [[text]], CharTokenizer("ACGT"), "a test")
+    assert CharTokenizer("ACGT").decode(np.concatenate(list(read(tmp_path / "set")[1].values()))) == text
+
+
+def test_a_large_vocabulary_is_written_in_four_bytes(tmp_path):
+    chars = "".join(map(chr, range(0x4E00, 0x4E00 + 20_000))) + "".join(map(chr, range(0x20000, 0x20000 + 40_000)))
+    text = chars + "".join(map(chr, range(0xAC00, 0xAC00 + 10_000)))
+    write_dataset(tmp_path / "set", [[text]], CharTokenizer(text), "a test")
+    meta, ids = read(tmp_path / "set")
+    assert meta["dtype"] == "uint32"
+    assert np.concatenate([ids["train"], ids["val"]]).tolist() == list(range(70_000))
+
+
+# -- all or nothing --
+
+
+def fails(monkeypatch, when: str) -> None:
+    """Make the disk run full at some point of the next write_dataset."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if when == "late write":
+        real, calls = writer.write, iter(range(10**9))
+        monkeypatch.setattr(writer, "write", lambda *given: real(*given) if next(calls) < 3 else full())
+    else:
+        monkeypatch.setattr(*{"fsync": (os, "fsync"), "meta.json": (json, "dump")}[when], full)
+
+
+@pytest.mark.parametrize("when", ["late write", "fsync", "meta.json"])
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, when):
+    monkeypatch.setattr(writer, "CHUNK", 1000)
+    new, old = tmp_path / "new", tmp_path / "old"
+    write_dataset(old, [["good old text"]], ByteTokenizer(), "a test")
+    before = {path.name: path.read_bytes() for path in old.iterdir()}
+    for folder in (new, old):
+        with monkeypatch.context() as patch:
+            fails(patch, when)
+            with pytest.raises(OSError, match="No space left"):
+                write_dataset(folder, [[some_text(0, 5000)]], ByteTokenizer(), "a test")
+    assert not new.exists()
+    assert {path.name: path.read_bytes() for path in old.iterdir()} == before
+    write_dataset(old, [["better"]], ByteTokenizer(), "a test")
+    assert read(old)[1]["train"].tolist() == list(b"bette")
+
+
+def test_a_rename_that_fails_leaves_no_meta_json(tmp_path, monkeypatch):
+    write_dataset(tmp_path / "set", [["good old text"]], ByteTokenizer(), "a test")
+    rename = Path.rename
+
+    def fail_on_val(path, target):
+        if path.name == "val.bin":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_on_val)
+    with pytest.raises(OSError):
+        write_dataset(tmp_path / "set", [["good new text"]], ByteTokenizer(), "a test")
+    assert [path.name for path in (tmp_path / "set").iterdir()] == ["train.bin"]
+
+
+def test_a_file_size_limit_is_one_line_and_leaves_nothing(kqv, tmp_path):
+    (tmp_path / "text.txt").write_text(some_text(0, 50_000), encoding="utf-8")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    result = kqv("prepare/text.py", "--input=text.txt", "--tokenizer=byte", "--data_dir=.", preexec_fn=limit)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "File too large" in result.stderr and "train.bin" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_control_c_leaves_nothing(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n' * 400_000, encoding="utf-8")
+    command = [sys.executable, ROOT / "prepare/text.py", f"--input={rows}", "--tokenizer=byte", "--data_dir=data"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob("data/rows/unfinished-*/train.bin")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout, stderr) == (130, "", "error: interrupted\n")
+    assert not (tmp_path / "data/rows").exists()
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(kqv, tmp_path):
+    (tmp_path / "text.txt").write_text("text", encoding="utf-8")
+    (tmp_path / "data").mkdir(mode=0o500)
+    result = kqv("prepare/text.py", "--input=text.txt", "--tokenizer=byte", "--data_dir=data")
+    assert result.returncode == 2 and "Permission denied" in result.stderr and result.stderr.count("\n") == 1
+
+
+# -- the commands --
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_lists_the_options(kqv, script):
+    result = kqv(f"prepare/{script}.py", "--help")
+    assert result.returncode == 0 and not result.stderr
+    assert "Make the data set" in result.stdout or "Make a data set" in result.stdout
+    assert "--data_dir" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "script, arguments, complaint",
+    [
+        ("python_stdlib", ["--tokeniser=byte"], "did you mean 'tokenizer'?"),
+        ("python_stdlib", ["--tokenizer=gpt2"], "char | byte"),
+        ("text", [], "--input=FILE"),
+        ("text", ["--input=absent.txt"], "absent.txt"),
+        ("text", ["--input=binary"], "binary: not text"),
+        ("text", ["--input=latin1.txt"], "latin1.txt: not UTF-8"),
+        ("text", ["--input=broken.txt.gz"], "broken.txt.gz: not UTF-8"),
+        ("text", ["--input=truncated.txt.gz"], "truncated.txt.gz: not UTF-8"),
+        ("text", ["--input=empty.txt"], "too little text in empty.txt"),
+        ("text", ["--input=empty.txt", "--tokenizer=char"], "no text"),
+        ("text", ["--input=folder"], "no text in folder"),
+        ("text", ["--input=short.txt"], "nothing for the train split"),
+        ("text", ["--input=good.txt", "--val_fraction=0"], "val_fraction=0.0: must be above 0"),
+        ("text", ["--input=good.txt", "--val_fraction=nan"], "val_fraction=nan"),
+        ("text", ["--input=good.txt", "--name=../up"], "name='../up'"),
+        ("text", ["--input=good.txt", "--input=short.txt"], "--name=NAME"),
+        ("text", ["--input=-"], "--name=NAME"),
+        ("text", ["--input=good.txt", "--data_dir=good.txt"], "good.txt"),
+        ("text", ["--input=bad.jsonl"], "bad.jsonl, line 3: "),
+        ("text", ["--input=surrogate.jsonl"], "surrogate.jsonl, line 1: character 2 of the text is U+D800"),
+        ("text", ["--input=good.jsonl", "--field=body"], "line 1: no text in the field 'body'"),
+        ("text", ["--input=latin1.jsonl"], "latin1.jsonl: not UTF-8"),
+        ("text", ["--input=bad.parquet"], "bad.parquet: "),
+        ("shakespeare_char", ["--input=latin1.txt"], "latin1.txt: not UTF-8"),
+        ("shakespeare_char", ["--input=empty.txt"], "empty.txt is empty"),
+        ("openwebtext", ["--limit=0"], "limit=0: must be at least 1"),
+    ],
+)
+def test_what_cannot_work_is_one_line(tmp_path, monkeypatch, capfd, gpt2_bpe, script, arguments, complaint):
+    files = {
+        "good.txt": b"a good text, long enough",
+        "short.txt": b"a",
+        "empty.txt": b"",
+        "binary": b"\x7fELF\0\0\0",
+        "latin1.txt": "é".encode("latin1"),
+        "broken.txt.gz": b"not gzip at all",
+        "truncated.txt.gz": gzip.compress(b"some text" * 1000)[:-20],
+        "good.jsonl": b'{"text": "a"}\n',
+        "bad.jsonl": b'{"text": "a"}\n\n{"text": 3}\n',
+        "surrogate.jsonl": b'{"text": "ab\\ud800"}\n',
+        "latin1.jsonl": '{"text": "é"}'.encode("latin1"),
+        "bad.parquet": b"PAR1 or not",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, "--data_dir=data", *arguments])
+    with pytest.raises(SystemExit) as stop:  # in this process, because there are many
+        runpy.run_path(str(ROOT / "prepare" / f"{script}.py"), run_name="__main__")
+    out, err = capfd.readouterr()
+    assert stop.value.code == 2 and not out
+    assert err.startswith("error: ") and err.count("\n") == 1 and complaint in err
+    assert not (tmp_path / "data").exists() or not list((tmp_path / "data").iterdir())
+
+
+def test_text_from_a_folder(kqv, tmp_path):
+    folder = tmp_path / "my texts"
+    (folder / "deep").mkdir(parents=True)
+    (folder / ".hidden").write_text("hidden", encoding="utf-8")
+    (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
+    (folder / "b.md").write_text("Bé" * 50, encoding="utf-8")
+    (folder / "deep" / "a.txt").write_text("a" * 100, encoding="utf-8")
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"text": "%s"}\n\n{"text": "%s"}' % (b"x" * 10, b"y" * 10)))
+    result = kqv("prepare/text.py", f"--input={folder}", "--tokenizer=char", "--data_dir=made")
+    assert result.returncode == 0, result.stderr
+    assert "skipped" in result.stderr and "picture.png" in result.stderr and "hidden" not in result.stderr
+    assert "python train.py" in result.stdout and "'--dataset=my texts'" in result.stdout
+    meta, ids = read(tmp_path / "made" / "my texts")
+    assert meta["tokenizer"] == {"kind": "char", "chars": "Baxyé", "end_of_text": True}
+    tokenizer, end = from_description(meta["tokenizer"]), "<|endoftext|>"
+    assert tokenizer.decode(ids["train"]) == end.join(["Bé" * 45, "a" * 90, "x" * 9, "y" * 9, ""])
+    assert tokenizer.decode(ids["val"]) == end.join(["Bé" * 5, "a" * 10, "x", "y", ""])
+
+
+def test_text_from_standard_input(kqv, tmp_path):
+    text = some_text(0, 300)
+    result = kqv("prepare/text.py", "--input=-", "--name=piped", "--tokenizer=byte", "--data_dir=.", input=text)
+    assert result.returncode == 0, result.stderr
+    _, ids = read(tmp_path / "piped")
+    assert bytes(np.concatenate([ids["train"], ids["val"]]).astype(np.uint8)).decode() == text.replace("\r\n", "\n")
+
+
+def test_python_stdlib_needs_nothing_and_is_the_same_each_time(kqv, tmp_path):
+    for place, tokenizer in (("one", "char"), ("two", "char"), ("bytes", "byte")):
+        result = kqv("prepare/python_stdlib.py", f"--tokenizer={tokenizer}", f"--data_dir={place}")
+        assert result.returncode == 0 and not result.stderr
+        assert f" --dataset=python_stdlib --data_dir={place}\n" in result.stdout
+    for name in ("train.bin", "val.bin", "meta.json"):
+        one, two = ((tmp_path / place / "python_stdlib" / name).read_bytes() for place in ("one", "two"))
+        assert one == two
+    meta, ids = read(tmp_path / "one" / "python_stdlib")
+    assert meta["vocab_size"] < 110
+    assert len(ids["train"]) > 4_000_000 and 0.05 < len(ids["val"]) / len(ids["train"]) < 0.2
+    ids = np.fromfile(tmp_path / "bytes" / "python_stdlib" / "train.bin", "<u2")
+    text = ids[ids < 256].astype(np.uint8).tobytes().decode()
+    assert len(text) > 4_000_000 and "\nclass " in text and not text.isascii()
+
+
+def test_shakespeare_scripts_on_a_text_of_ones_own(kqv, tmp_path, gpt2):
+    text = some_text(1, 3000).replace("\r\n", "\n")
+    (tmp_path / "input.txt").write_text(text, encoding="utf-8")
+    for script, tokenizer in (("shakespeare_char", CharTokenizer("".join(sorted(set(text))))), ("shakespeare", gpt2)):
+        result = kqv(f"prepare/{script}.py", "--input=input.txt", "--data_dir=data")
+        assert result.returncode == 0, result.stderr
+        meta, ids = read(tmp_path / "data" / script)
+        assert meta["tokenizer"] == tokenizer.describe()
+        assert ids["train"].tolist() == tokenizer.encode(text[: int(len(text) * 0.9)])
+        assert ids["val"].tolist() == tokenizer.encode(text[int(len(text) * 0.9) :])
+
+
+@pytest.mark.parametrize(
+    "status, body", [(200, b"<html>an error page</html>"), (404, b"To be"), (200, b"To be or not")]
+)
+def test_what_is_downloaded_is_checked_before_it_is_used(monkeypatch, status, body):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    right = b"To be or not"
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(shakespeare_char, "URL", f"http://127.0.0.1:{server.server_port}/input.txt")
+        monkeypatch.setattr(shakespeare_char, "SHA256", hashlib.sha256(right).hexdigest())
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        try:
+            if body == right:
+                assert shakespeare_char.read_text(None)[0] == right.decode()
+            else:
+                with pytest.raises((OSError, ValueError), match="--input=FILE"):
+                    shakespeare_char.read_text(None)
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.parametrize("script", ["openwebtext", "fineweb"])
+def test_web_text_from_local_files(kqv, tmp_path, gpt2, script):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [some_text(seed, 50) for seed in range(130)]
+    (tmp_path / "shards").mkdir()
+    table = pyarrow.table({"url": ["u"] * 100, "text": texts[:100]})
+    parquet.write_table(table, tmp_path / "shards" / "0.parquet")
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts[100:])
+    (tmp_path / "shards" / "1.jsonl").write_text(rows, encoding="utf-8")
+    result = kqv(f"prepare/{script}.py", "--input=shards", "--limit=120", "--data_dir=data")
+    assert result.returncode == 0, result.stderr
+    meta, ids = read(tmp_path / "data" / script)
+    assert "first 120 of shards" in meta["source"]
+    assert np.count_nonzero(ids["train"] == 50256) + np.count_nonzero(ids["val"] == 50256) == 120
+    every = [*ids["val"].tolist(), *ids["train"].tolist()]
+    assert every == [i for text in texts[:120] for i in [*gpt2.encode(text), 50256]]  # val is the first one here
+
+
+def test_progress_is_plain_lines_in_a_pipe(monkeypatch, capsys):
+    ticks = iter(range(0, 10**6, 6))
+    monkeypatch.setattr(writer.time, "monotonic", lambda: next(ticks))
+    monkeypatch.setattr(sys, "stderr", stderr := io.StringIO())
+    parts = {"train": (np.zeros(1000, np.uint16), 3000)}
+    assert list(writer.with_progress(iter([parts] * 4), None)) == [parts] * 4
+    assert stderr.getvalue() == "2,000 tokens so far\n4,000 tokens so far\n"

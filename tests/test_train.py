@@ -1,0 +1,749 @@
+"""train.py as a whole: the losses it reaches, what it leaves behind, how it goes on."""
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import pty
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+import checkpoint
+from data import Split, read_meta
+from model import GPT, GPTConfig
+from record import peak_flops
+from tests.conftest import ROOT, TINY
+from tests.test_checkpoint import nanogpt_checkpoint
+
+
+def metrics(out_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def column(out_dir: Path, key: str) -> dict[int, float]:
+    return {record["iter"]: record[key] for record in metrics(out_dir) if key in record}
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(path)["model"]
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# -- the right losses --------------------------------------------------------------------------------------------------
+
+
+def test_losses_are_those_of_hugging_faces_model_in_a_loop_of_plain_pytorch(command, tmp_path):
+    torch.manual_seed(0)
+    hf = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            **{"n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2},
+            **{"embd_pdrop": 0, "attn_pdrop": 0, "resid_pdrop": 0},
+        )
+    ).train()
+    hf.save_pretrained(tmp_path / "gpt2")
+    folder = tmp_path / "data" / "ids"
+    folder.mkdir(parents=True)
+    for name, n in (("train", 5000), ("val", 500)):  # no meta: GPT-2's ids, as in nanoGPT
+        np.random.default_rng(n).integers(50257, size=n).astype("<u2").tofile(folder / f"{name}.bin")
+    result = command(
+        *("train.py", "--init_from=gpt2", "--data_dir=data", "--dataset=ids", "--device=cpu", "--block_size=16"),
+        *("--batch_size=3", "--gradient_accumulation_steps=2", "--max_iters=6", "--eval_iters=1", "--seed=5"),
+        *("--learning_rate=1e-2", "--warmup_iters=2", "--lr_decay_iters=5", "--min_lr=1e-3", "--grad_clip=0.5"),
+    )
+    assert result.code == 0, result.err
+
+    split = Split(folder, "train", 16, read_meta(folder))
+    matrices = [p for p in hf.parameters() if p.dim() >= 2]
+    rest = [p for p in hf.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    rates = [1e-2 / 3, 2e-2 / 3, 1e-2]  # warm-up, then half a cosine from 2 to 5
+    rates += [1e-3 + 0.5 * (1 + math.cos(math.pi * (i - 2) / 3)) * 9e-3 for i in (3, 4)] + [1e-3]
+    for iter_num, rate in enumerate(rates):
+        x, y = split.batch(5, iter_num * 6, 6)
+        loss = F.cross_entropy(hf(x).logits.flatten(0, 1), y.flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(hf.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        out = tmp_path / "out"
+        assert column(out, "train_loss")[iter_num] == pytest.approx(loss.item(), rel=1e-5)
+        assert column(out, "grad_norm")[iter_num] == pytest.approx(norm.item(), rel=1e-3)
+        assert column(out, "lr")[iter_num] == pytest.approx(rate, rel=1e-9)
+
+
+def test_it_learns(train, tmp_path):
+    train("--max_iters=150", "--eval_interval=150", "--batch_size=16", "--log_interval=50")
+    losses = column(tmp_path / "out", "val_loss")
+    assert losses[0] == pytest.approx(math.log(28), abs=0.2)
+    assert losses[150] < 1.6
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains_as_float32_does_but_for_rounding(train, tmp_path, dtype):
+    train("--max_iters=20", "--out_dir=single", "--dtype=float32")
+    result = train("--max_iters=20", "--out_dir=half", f"--dtype={dtype}")
+    assert result.code == 0, result.err
+    single, half = (column(tmp_path / name, "train_loss") for name in ("single", "half"))
+    assert half != single
+    assert all(half[i] == pytest.approx(single[i], abs=0.05) for i in single)
+    assert weights(tmp_path / "half" / "ckpt.pt")["lm_head.weight"].dtype == torch.float32
+    assert ("scale" in checkpoint.load(tmp_path / "half" / "ckpt.pt")["scaler"]) == (dtype == "float16")
+
+
+@pytest.mark.parametrize("switches", [["--position=rope", "--norm=rmsnorm", "--mlp=swiglu", "--n_kv_head=1"]])
+def test_switches_reach_the_model_and_come_back(train, tmp_path, switches):
+    assert train("--max_iters=4", *switches, "--tie_embeddings=False", "--qk_norm").code == 0
+    args = checkpoint.load(tmp_path / "out" / "ckpt.pt")["model_args"]
+    assert (args["position"], args["norm"], args["mlp"], args["n_kv_head"]) == ("rope", "rmsnorm", "swiglu", 1)
+    assert args["qk_norm"] is True and args["tie_embeddings"] is False
+    assert train("--init_from=resume", "--max_iters=6").code == 0
+
+
+# -- the same run, cut differently -------------------------------------------------------------------------------------
+
+
+def test_accumulating_gradients_is_a_larger_batch(train, tmp_path):
+    train("--max_iters=10", "--batch_size=12", "--out_dir=large")
+    train("--max_iters=10", "--batch_size=3", "--gradient_accumulation_steps=4", "--out_dir=small")
+    large, small = (column(tmp_path / name, "train_loss") for name in ("large", "small"))
+    assert all(small[i] == pytest.approx(large[i], abs=1e-5) for i in range(10))
+
+
+def test_the_same_command_gives_the_same_run_and_another_seed_another(train, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train("--max_iters=5", "--dropout=0.2", f"--seed={seed}", f"--out_dir={name}")
+    assert_same_weights(tmp_path / "a" / "ckpt.pt", tmp_path / "b" / "ckpt.pt")
+    assert column(tmp_path / "a", "train_loss") == column(tmp_path / "b", "train_loss")
+    assert column(tmp_path / "a", "train_loss") != column(tmp_path / "c", "train_loss")
+
+
+def test_evaluating_more_often_changes_nothing_about_training(train, tmp_path):
+    train("--max_iters=6", "--dropout=0.2", "--eval_interval=1", "--eval_iters=5", "--out_dir=often")
+    train("--max_iters=6", "--dropout=0.2", "--eval_interval=100", "--out_dir=seldom")
+    assert_same_weights(tmp_path / "often" / "ckpt.pt", tmp_path / "seldom" / "ckpt.pt")
+
+
+def test_validation_loss_is_identical_whatever_the_batch_size(train, tmp_path):
+    train("--max_iters=5")
+    for eval_iters in (0, 3):
+        lines = {
+            train("--init_from=resume", "--eval_only", f"--eval_iters={eval_iters}", f"--batch_size={n}").out.split(
+                "\n"
+            )[-2]
+            for n in (1, 5, 64)
+        }
+        assert len(lines) == 1, lines
+
+
+def test_validation_loss_over_the_whole_split_is_the_mean_over_its_tokens(train, tmp_path, data_dir):
+    train("--max_iters=5", "--eval_iters=0")
+    path = tmp_path / "out" / "ckpt.pt"
+    model = checkpoint.build_model(checkpoint.load(path), path).eval()
+    tokens = torch.from_numpy(np.fromfile(data_dir / "tiny" / "val.bin", dtype="<u2").astype(np.int64))
+    nats = 0.0
+    for start in range(0, len(tokens) - 1, 16):  # each target once, and at most 16 tokens of context
+        window = tokens[start : start + 17]
+        nats += model(window[None, :-1], window[None, 1:])[1].item() * (len(window) - 1)
+    expected = nats / (len(tokens) - 1)
+    record = metrics(tmp_path / "out")[-1]
+    assert record["val_loss"] == pytest.approx(expected, abs=1e-5)
+    stated = json.loads((data_dir / "tiny" / "meta.json").read_text(encoding="utf-8"))["splits"]["val"]
+    assert record["val_bpb"] == pytest.approx(expected / math.log(2) * stated["tokens"] / stated["bytes"], abs=1e-5)
+
+
+def torchrun(cwd: Path, processes: int, *arguments: object) -> subprocess.CompletedProcess:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*launch, ROOT / "train.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def test_two_processes_are_one_on_the_same_global_batch(train, tmp_path, data_dir):
+    run = [f"--data_dir={data_dir}", *TINY, "--gradient_accumulation_steps=4", "--max_iters=20", "--eval_interval=5"]
+    result = torchrun(tmp_path, 2, *run, "--out_dir=two")
+    assert result.returncode == 0, result.stderr
+    assert train(*run, "--out_dir=one").code == 0
+    one, two = tmp_path / "one", tmp_path / "two"
+    losses = column(two, "train_loss")
+    assert len(losses) == 20
+    assert all(losses[i] == pytest.approx(loss, abs=1e-5) for i, loss in column(one, "train_loss").items())
+    # the same weights have, to the bit, the same validation loss in two processes as in one
+    (tmp_path / "out").mkdir()
+    shutil.copy(two / "ckpt.pt", tmp_path / "out")
+    evaluate = [f"--data_dir={data_dir}", "--init_from=resume", "--eval_only", "--device=cpu", "--eval_iters=0"]
+    alone = train(*evaluate, "--gradient_accumulation_steps=4").out.splitlines()[-1]
+    together = torchrun(tmp_path, 2, *evaluate, "--batch_size=3").stdout.splitlines()[-1]
+    assert alone == together and alone.startswith("step 20: train loss ")
+
+
+def test_only_the_first_process_needs_the_checkpoint_and_errors_end_all(tmp_path, data_dir, train):
+    """nanoGPT's other processes read the file too, so that several machines need one disk."""
+    train("--max_iters=2", "--gradient_accumulation_steps=2")
+    (tmp_path / "elsewhere").mkdir()
+    program = tmp_path / "launch.py"
+    program.write_text(
+        "import os, runpy, sys\n"
+        "if os.environ['RANK'] == '1': os.chdir('elsewhere')\n"
+        f"sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = {str(ROOT / 'train.py')!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program]
+    arguments = [f"--data_dir={data_dir}", "--init_from=resume", "--device=cpu", "--max_iters=4", "--eval_iters=1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*launch, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 4
+    failed = torchrun(tmp_path, 2, *arguments, "--gradient_accumulation_steps=3", "--max_iters=6")
+    assert failed.returncode != 0
+    assert "gradient_accumulation_steps=3: 2 processes share them, so give a multiple of 2" in failed.stderr
+
+
+# -- what a run leaves -------------------------------------------------------------------------------------------------
+
+
+def test_what_a_run_leaves_behind(train, tmp_path):
+    result = train("--max_iters=7", "--eval_interval=3", "--wandb_project=p=q", "--seed=4")
+    assert result.code == 0
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "best.pt",
+        "ckpt.pt",
+        "config.json",
+        "loss.png",
+        "metrics.jsonl",
+    ]
+    records = metrics(out)
+    assert [record["iter"] for record in records] == list(range(8))
+    assert list(column(out, "val_loss")) == [0, 3, 6, 7]
+    assert all({"time", "elapsed_seconds", "tokens"} <= record.keys() for record in records)
+    assert [record["tokens"] for record in records] == [64 * i for i in range(8)]
+    assert all({"train_loss", "grad_norm", "lr", "tokens_per_second"} <= record.keys() for record in records[:7])
+    times = [record["elapsed_seconds"] for record in records]
+    assert times == sorted(times)
+    saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert saved["config"]["seed"] == 4 and saved["origin"]["seed"] == "flag"
+    assert saved["config"]["beta1"] == 0.9 and saved["origin"]["beta1"] == "default"
+    assert saved["environment"]["torch"] == torch.__version__ and saved["data"]["splits"]["train"]["sha256"]
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    last = checkpoint.load(out / "ckpt.pt")
+    assert last["iter_num"] == 7 and last["tokenizer"]["kind"] == "char"
+    assert last["config"]["wandb_project"] == "p=q"
+    assert not any(name.startswith(("_orig_mod.", "module.")) for name in last["model"])
+    best = checkpoint.load(out / "best.pt")
+    assert best["val_loss"] == last["best_val_loss"] == min(column(out, "val_loss").values())
+
+
+def test_lines_in_a_pipe_are_nanogpts(train):
+    lines = train("--max_iters=4", "--eval_interval=2", "--log_interval=2").out.splitlines()
+    shape = [" ".join(line.split()[:2]) for line in lines]
+    assert shape[-6:-1] == ["step 0:", "iter 0:", "step 2:", "iter 2:", "step 4:"]
+    assert lines[-6].startswith("step 0: train loss ") and ", val loss " in lines[-6]
+    assert ": loss " in lines[-5] and "ms, " in lines[-5] and " tok/s" in lines[-5]
+
+
+def test_best_is_not_overwritten_by_worse(train, tmp_path):
+    # a learning rate far too high: the first evaluation stays the best one
+    train("--max_iters=6", "--eval_interval=2", "--learning_rate=3", "--warmup_iters=0", "--decay_lr=False")
+    losses = column(tmp_path / "out", "val_loss")
+    assert losses[0] == min(losses.values())
+    assert checkpoint.load(tmp_path / "out" / "best.pt")["iter_num"] == 0
+    last = checkpoint.load(tmp_path / "out" / "ckpt.pt")
+    assert last["iter_num"] == 6 and last["best_val_loss"] == losses[0]
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_saving_always_or_only_when_better(train, monkeypatch, always):
+    # a learning rate that makes it worse at every evaluation; the end is saved in any case
+    options = ["--eval_interval=2", "--learning_rate=3", "--warmup_iters=0", f"--always_save_checkpoint={always}"]
+    saves = []
+    monkeypatch.setattr(checkpoint, "save", lambda state, _, best, __: saves.append((state["iter_num"], best)))
+    train("--max_iters=5", *options)
+    assert saves == [(0, True), *([(2, False), (4, False)] if always else []), (5, False)]
+
+
+def test_a_run_shorter_than_eval_interval_is_saved(train, tmp_path):
+    train("--max_iters=3", "--eval_interval=2000")
+    assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 3
+
+
+def test_an_earlier_run_is_put_aside_not_overwritten(train, tmp_path):
+    train("--max_iters=3", "--eval_interval=1")
+    result = train("--max_iters=2", "--eval_interval=2")
+    assert result.code == 0 and "out has an earlier run: it is now in out/previous" in result.out
+    assert checkpoint.load(tmp_path / "out" / "previous" / "ckpt.pt")["iter_num"] == 3
+    assert len(metrics(tmp_path / "out" / "previous")) == 4
+    assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 2
+    assert len(metrics(tmp_path / "out")) == 3
+
+
+def test_no_iterations_at_all_is_an_evaluation_that_saves(train, tmp_path):
+    assert train("--max_iters=0").code == 0
+    assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 0
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(train, tmp_path):
+    result = train("--max_iters=40", "--eval_interval=4", "--learning_rate=1e18", "--warmup_iters=0", "--grad_clip=0")
+    assert result.code == 2
+    assert "out keeps what was saved before" in result.err
+    for name in ("ckpt.pt", "best.pt"):
+        assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out" / name).values())
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [[], ["--dropout=0.3", "--gradient_accumulation_steps=3"], ["--dtype=float16"]])
+def test_stopping_and_resuming_is_the_same_run(train, command, data_dir, tmp_path, options):
+    train("--max_iters=10", "--lr_decay_iters=10", "--eval_interval=3", "--out_dir=straight", *options)
+    train("--max_iters=5", "--lr_decay_iters=10", "--eval_interval=3", "--out_dir=halves", *options)
+    # said again is only what belongs to the machine, and how far it shall go: the rest is in the checkpoint
+    machine = [f"--data_dir={data_dir}", "--device=cpu", *(o for o in options if o.startswith("--dtype"))]
+    result = command("train.py", "--init_from=resume", "--out_dir=halves", "--max_iters=10", *machine)
+    assert result.code == 0, result.err
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    assert_same_weights(straight / "ckpt.pt", halves / "ckpt.pt")
+    a, b = (checkpoint.load(folder / "ckpt.pt")["optimizer"]["state"] for folder in (straight, halves))
+    assert all(torch.equal(a[i][key], b[i][key]) for i in a for key in a[i])
+    assert [record["iter"] for record in metrics(halves)] == list(range(11))
+    for key in ("train_loss", "grad_norm", "lr"):
+        assert column(straight, key) == column(halves, key)
+    ends = column(halves, "val_loss")
+    assert all(ends[i] == loss for i, loss in column(straight, "val_loss").items() if i != 5)
+
+
+def test_going_on_longer_keeps_what_was_measured_at_the_first_end(train, tmp_path):
+    train("--max_iters=5", "--eval_interval=4")
+    train("--init_from=resume", "--max_iters=7", "--eval_interval=4")
+    assert list(column(tmp_path / "out", "val_loss")) == [0, 4, 5, 7]
+    assert list(column(tmp_path / "out", "train_loss")) == list(range(7))
+
+
+def test_a_run_in_float32_goes_on_in_float16_and_a_half_precision_run_stays_one(train, command, data_dir, tmp_path):
+    train("--max_iters=2")
+    resume = ("train.py", "--init_from=resume", f"--data_dir={data_dir}", "--device=cpu")
+    result = command(*resume, "--max_iters=4", "--dtype=float16")
+    assert result.code == 0, result.err
+    assert "torch.float16" in command(*resume, "--max_iters=5").out
+
+
+def test_resuming_needs_no_other_setting_than_the_folder(train, command, tmp_path, data_dir):
+    train("--max_iters=3", "--lr_decay_iters=6")
+    result = command("train.py", "--init_from=resume", f"--data_dir={data_dir}", "--max_iters=6", "--device=cpu")
+    assert result.code == 0, result.err
+    origin = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["origin"]
+    assert (origin["dataset"], origin["max_iters"], origin["beta1"]) == ("checkpoint", "flag", "checkpoint")
+
+
+def test_eval_only_writes_nothing_and_trains_nothing(train, tmp_path):
+    train("--max_iters=3")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    result = train("--init_from=resume", "--eval_only=True", "--max_iters=10")
+    assert result.code == 0
+    assert result.out.splitlines()[-1].startswith("step 3: train loss ")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert train("--eval_only", "--out_dir=none").code == 0
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_finished_run_is_left_as_it_is(train, tmp_path):
+    train("--max_iters=3")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    result = train("--init_from=resume", "--max_iters=2", "--block_size=8")
+    assert result.code == 0 and "nothing to do: out is at iteration 3 of max_iters=2" in result.out
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_shorter_context_on_resume(train, tmp_path):
+    train("--max_iters=3")
+    result = train("--init_from=resume", "--block_size=8", "--max_iters=6")
+    assert result.code == 0, result.err
+    assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["model_args"]["block_size"] == 8
+    assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 6
+
+
+def test_a_resumed_run_keeps_the_checkpoints_model_and_says_so(train, tmp_path):
+    train("--max_iters=3")
+    result = train("--init_from=resume", "--n_layer=5", "--block_size=1024", "--max_iters=4")
+    assert result.code == 0, result.err
+    assert "n_layer=2 as in the checkpoint, not 5" in result.out
+    assert "block_size=16 as in the checkpoint, not 1024" in result.out
+
+
+@pytest.mark.parametrize("dataset", ["meta.json", "meta.pkl"])
+def test_nanogpts_checkpoint_is_resumed(train, tmp_path, data_dir, dataset):
+    saved, model, _ = nanogpt_checkpoint()
+    (tmp_path / "out").mkdir()
+    torch.save(saved, tmp_path / "out" / "ckpt.pt")
+    folder = tmp_path / "data" / "tiny"
+    folder.mkdir(parents=True)
+    ids = np.random.default_rng(0).integers(61, size=3000).astype("<u2")
+    ids[:2500].tofile(folder / "train.bin")
+    ids[2500:].tofile(folder / "val.bin")
+    if dataset == "meta.pkl":
+        chars = [chr(48 + i) for i in range(61)]
+        meta = {"vocab_size": 61, "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
+        (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    else:
+        description = {"kind": "char", "chars": "".join(chr(48 + i) for i in range(61)), "end_of_text": False}
+        meta = {"tokenizer": description, "vocab_size": 61, "dtype": "uint16", "splits": {}}
+        (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    evaluated = train("--init_from=resume", "--data_dir=data", "--eval_only=True", "--eval_iters=0")
+    assert evaluated.code == 0, evaluated.err
+    tokens, nats = torch.from_numpy(ids[2500:].astype(np.int64)), 0.0
+    model.eval()
+    for start in range(0, len(tokens) - 1, 16):
+        window = tokens[start : start + 17]
+        nats += model(window[None, :-1], window[None, 1:])[1].item() * (len(window) - 1)
+    expected = nats / (len(tokens) - 1)
+    assert float(evaluated.out.split("val loss ")[1]) == pytest.approx(expected, abs=1e-4)
+    result = train("--init_from=resume", "--data_dir=data", "--max_iters=6", "--eval_iters=1")
+    assert result.code == 0, result.err
+    assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 6
+
+
+# -- whatever happens --------------------------------------------------------------------------------------------------
+
+
+def start(tmp_path: Path, data_dir: Path, *arguments: object) -> subprocess.Popen:
+    command = [sys.executable, ROOT / "train.py", f"--data_dir={data_dir}", *TINY, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_iteration(process: subprocess.Popen, iter_num: int) -> None:
+    for line in process.stdout:
+        if line.startswith(f"iter {iter_num}:"):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_to_stop_saves_and_the_same_command_goes_on(train, tmp_path, data_dir, number):
+    run = ["--init_from=auto", "--dropout=0.2", "--max_iters=400", "--eval_interval=150", "--out_dir=cut"]
+    process = start(tmp_path, data_dir, *run)
+    wait_for_iteration(process, 20)
+    process.send_signal(number)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert error.splitlines() == [f"{number.name}: saving after this step; Ctrl-C stops at once"]
+    assert f"({number.name}), all is saved; --init_from=resume goes on from there" in out
+    stopped = checkpoint.load(tmp_path / "cut" / "ckpt.pt")["iter_num"]
+    assert 20 < stopped < 400
+    assert train(*run).code == 0
+    assert train(*run[:-1], "--out_dir=straight").code == 0
+    assert_same_weights(tmp_path / "cut" / "ckpt.pt", tmp_path / "straight" / "ckpt.pt")
+    for key in ("train_loss", "val_loss"):
+        assert column(tmp_path / "cut", key) == column(tmp_path / "straight", key)
+    assert "nothing to do" in train(*run).out
+
+
+def test_a_second_control_c_stops_at_once(tmp_path, data_dir):
+    process = start(tmp_path, data_dir, "--max_iters=10000", "--eval_interval=30", "--eval_iters=0", "--block_size=2")
+    wait_for_iteration(process, 29)  # now it evaluates for a while
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode in (75, 130) and "Traceback" not in error  # the two signals can arrive as one
+
+
+def test_max_minutes(train, tmp_path):
+    result = train("--max_minutes=0", "--max_iters=5")
+    assert result.code == 75 and "stopped at iteration 0 (max_minutes=0.0)" in result.out
+    assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 0
+
+
+def test_saving_more_often_and_keeping_the_last_few(train, tmp_path):
+    train("--max_iters=10", "--eval_interval=100", "--save_interval=2", "--keep_last=3")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.pt")) == [
+        *("best.pt", "ckpt-00000006.pt", "ckpt-00000008.pt", "ckpt-00000010.pt", "ckpt.pt")
+    ]
+    for iter_num in (6, 8, 10):
+        assert checkpoint.load(tmp_path / "out" / f"ckpt-{iter_num:08d}.pt")["iter_num"] == iter_num
+
+
+def test_a_damaged_checkpoint_is_recognised_and_the_one_before_it_is_used(train, tmp_path):
+    train("--max_iters=10", "--lr_decay_iters=12", "--eval_interval=100", "--save_interval=4", "--keep_last=2")
+    path = tmp_path / "out" / "ckpt.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4  # in some weight or moment: nothing but a checksum can tell
+    path.unlink()
+    path.write_bytes(data)
+    (tmp_path / "out" / "ckpt-00000010.pt").unlink()
+    result = train("--init_from=resume", "--max_iters=12", "--lr_decay_iters=12")
+    assert result.code == 0, result.err
+    assert "ckpt.pt is damaged: the checksum of its part" in result.out and "trying the one before it" in result.out
+    train("--max_iters=12", "--lr_decay_iters=12", "--out_dir=straight")
+    assert_same_weights(path, tmp_path / "straight" / "ckpt.pt")
+    assert [record["iter"] for record in metrics(tmp_path / "out")] == list(range(13))
+
+
+def failing(saves: list[int], times: int):
+    def save(state, *_):
+        saves.append(state["iter_num"])
+        if len(saves) <= times:
+            raise OSError(28, "No space left on device", "out/ckpt.pt.new")
+
+    return save
+
+
+def test_a_save_that_fails_does_not_end_a_run_unless_asked_to(train, monkeypatch):
+    saves = []
+    monkeypatch.setattr(checkpoint, "save", failing(saves, 2))
+    result = train("--max_iters=4", "--eval_interval=2")
+    assert result.code == 0 and saves == [0, 2, 4]
+    assert "NOT SAVED at iteration 2: [Errno 28] No space left on device" in result.out
+    monkeypatch.setattr(checkpoint, "save", failing([], 1))
+    assert train("--max_iters=4", "--save_errors=stop").code == 2
+    monkeypatch.setattr(checkpoint, "save", failing([], 9))
+    assert train("--max_iters=4").code == 2  # the last one must not fail
+
+
+def with_nan_from(monkeypatch, first: int, last: float) -> None:
+    """Make the losses of the training steps first ... last no number."""
+    forward, calls = GPT.forward, iter(range(10**9))
+
+    def broken(self, *args, **kwargs):
+        logits, loss = forward(self, *args, **kwargs)
+        return logits, loss * (math.nan if self.training and first <= next(calls) <= last else 1)
+
+    monkeypatch.setattr(GPT, "forward", broken)
+
+
+@pytest.mark.parametrize("log_interval", [1, 4])
+def test_a_loss_that_is_no_number_is_skipped_and_recorded(train, tmp_path, monkeypatch, log_interval):
+    with_nan_from(monkeypatch, 5, 5)
+    result = train("--max_iters=12", f"--log_interval={log_interval}")
+    assert result.code == 0, result.err
+    assert "iter 5: SKIPPED, its loss or gradient is not finite (1 in all)" in result.out
+    saved = checkpoint.load(tmp_path / "out" / "ckpt.pt")
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+    assert saved["bad_steps"] == [0, 1, 5]
+    assert all(state["step"] == 11 for state in saved["optimizer"]["state"].values())
+    named = json.loads((tmp_path / "out" / "bad_batch.json").read_text(encoding="utf-8"))
+    assert named == {"iter": 5, "batch_size": 4, "ranks": [{"rank": 0, "loss": "nan", "sequences": [20]}]}
+    assert column(tmp_path / "out", "bad_steps") == {5 if log_interval == 1 else 8: 1}
+    assert "NaN" not in (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8")
+
+
+def test_a_loss_that_is_never_a_number_stops_the_run(train, tmp_path, monkeypatch):
+    with_nan_from(monkeypatch, 5, math.inf)
+    result = train("--max_iters=100", "--max_bad_steps=7", "--save_interval=4")
+    assert result.code == 2
+    assert "7 steps in a row without a finite loss and gradient, up to iteration 11" in result.err
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out" / "ckpt.pt").values())
+
+
+def test_a_plan_runs_and_writes_nothing(command, tmp_path):
+    result = command("train.py", "configs/train_gpt2.py", "--plan", "--plan_device=h100")
+    assert result.code in (0, None), result.err
+    assert "GB at the peak of each process" in result.out and "H100" in result.out
+    assert not list(tmp_path.iterdir())
+    result = command("train.py", "--plan", "--plan_device=abacus")
+    assert result.code == 2 and "abacus" in result.err
+
+
+def test_patience_ends_a_run_that_no_longer_improves(train, tmp_path):
+    result = train("--max_iters=100", "--eval_interval=2", "--learning_rate=3", "--warmup_iters=0", "--patience=3")
+    assert result.code == 0 and "val loss has not improved for 3 evaluations (patience=3)" in result.out
+    assert checkpoint.load(tmp_path / "out" / "best.pt")["iter_num"] == 0
+    assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 6
+
+
+def test_resuming_does_not_count_an_evaluation_twice(train, tmp_path):
+    run = ["--eval_interval=2", "--learning_rate=3", "--warmup_iters=0", "--decay_lr=False", "--patience=3"]
+    for max_iters in (2, 4, 50):  # worse and worse after iteration 0: 2, 4 and 6 are the three
+        train(*run, "--init_from=auto", f"--max_iters={max_iters}")
+    assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 6
+
+
+@pytest.mark.slow
+def test_fifty_kills_change_nothing(train, tmp_path, data_dir):
+    """SIGKILL at random moments, the saving ones among them; the same command is simply given again."""
+    run = ["--init_from=auto", "--dropout=0.1", "--max_iters=3000", "--eval_interval=500", "--save_interval=3"]
+    run += ["--n_layer=1", "--keep_last=2"]
+    draw, kills = random.Random(0), 0
+    while kills < 50:
+        process = start(tmp_path, data_dir, *run, "--out_dir=killed")
+        with contextlib.suppress(AssertionError):
+            for line in process.stdout:
+                if line.startswith(("iter", "step")):
+                    break
+        time.sleep(draw.uniform(0, 0.4))
+        if process.poll() is not None:
+            raise AssertionError("the run ended before it was killed often enough: " + process.stderr.read())
+        process.kill()
+        process.communicate()
+        kills += 1
+    assert train(*run, "--out_dir=killed").code == 0
+    assert train(*run, "--out_dir=straight").code == 0
+    assert_same_weights(tmp_path / "killed" / "ckpt.pt", tmp_path / "straight" / "ckpt.pt")
+    assert [record["iter"] for record in metrics(tmp_path / "killed")] == list(range(3001))
+    for key in ("train_loss", "val_loss"):
+        assert column(tmp_path / "killed", key) == column(tmp_path / "straight", key)
+
+
+# -- torch.compile, the terminal, the device table ---------------------------------------------------------------------
+
+
+def test_compile_auto_falls_back_with_a_line_and_true_is_an_error(monkeypatch, capsys):
+    import parallel
+    from record import Log
+
+    def broken(model, **_):
+        raise RuntimeError("no working C++ compiler\nis installed")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model = GPT(GPTConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1, n_embd=4))
+    batch, autocast = (torch.zeros(1, 4, dtype=torch.long),) * 2, torch.autocast("cpu", enabled=False)
+    log = Log(main=True)
+    kept = parallel.try_compile(model, "auto", torch.device("cuda"), batch, autocast, log)
+    assert kept == (model, model)
+    assert "going on without torch.compile, which does not work here: no working C++ compiler is installed" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(ValueError, match=r"compile=True: torch\.compile does not work here: no working C"):
+        parallel.try_compile(model, True, torch.device("cpu"), batch, autocast, log)
+    assert parallel.try_compile(model, "auto", torch.device("cpu"), batch, autocast, log) == (model, model)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
+def test_compiled_training_is_eager_training_but_for_rounding(train, tmp_path):
+    train("--max_iters=6", "--out_dir=eager", "--compile=False")
+    result = train("--max_iters=6", "--out_dir=compiled", "--compile=True")
+    assert result.code == 0, result.err
+    eager, compiled = (column(tmp_path / name, "train_loss") for name in ("eager", "compiled"))
+    assert all(compiled[i] == pytest.approx(eager[i], abs=1e-4) for i in range(6))
+    assert weights(tmp_path / "eager" / "ckpt.pt").keys() == weights(tmp_path / "compiled" / "ckpt.pt").keys()
+
+
+def wandb_history(path: Path) -> list[dict]:
+    """What an offline run holds: a LevelDB log (blocks of 32 KiB; records of CRC, length, type) of protobuf records."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, place, payload, history = path.read_bytes(), 7, b"", []
+    while place + 7 <= len(data):
+        if 2**15 - place % 2**15 < 7:  # too little room for a header: the block ends in zeros
+            place += 2**15 - place % 2**15
+            continue
+        length, kind = struct.unpack_from("<HB", data, place + 4)
+        payload += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(payload)
+            payload = b""
+            if record.WhichOneof("record_type") == "history":
+                items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+                history.append({key: value for key, value in items.items() if not key.startswith("_")})
+    return history
+
+
+@pytest.mark.slow
+def test_wandb_gets_the_same_numbers_and_resumes_the_same_run(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for arguments in (["--max_iters=4"], ["--init_from=resume", "--max_iters=6"]):
+        assert train("--wandb_log", "--eval_interval=2", *arguments).code == 0
+    first, second = sorted((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))
+    assert first.name == second.name  # the run's id
+    records = metrics(tmp_path / "out")
+    assert wandb_history(second) == [record for record in records if record["iter"] >= 4]
+    same = [(a, b) for a, b in zip(wandb_history(first), records, strict=False) if a["iter"] < 4]
+    assert len(same) == 4 and all(a == b for a, b in same)
+
+
+def test_a_terminal_gets_a_progress_bar(tmp_path, data_dir):
+    leader, follower = pty.openpty()
+    arguments = [sys.executable, ROOT / "train.py", f"--data_dir={data_dir}", *TINY, "--max_iters=20"]
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}
+    process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=follower, stderr=follower)
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(leader, 4096)
+        except OSError:  # the other end has closed
+            break
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "20/20" in text and "step 20: train loss" in text and "iter 3:" not in text
+    assert text.rstrip().endswith("\x1b[?25h") or "\x1b[?25h" in text  # the cursor is shown again
+
+
+def test_mfu_is_of_the_right_device_or_not_given():
+    assert peak_flops("NVIDIA A100-SXM4-40GB", "bfloat16") == 312e12
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert peak_flops("NVIDIA L40S", "bfloat16") == 362e12
+    assert peak_flops("NVIDIA L4", "bfloat16") == 121e12
+    for unknown in ("NVIDIA RTX A4000", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3080 Ti", "cpu"):
+        assert peak_flops(unknown, "bfloat16") is None
+    assert peak_flops("NVIDIA A100-SXM4-40GB", "float32") is None
+
+
+# -- what is wrong is said ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--n_embd=17"], "n_embd=17 is not divisible by n_head=2"),
+        (["--dropout=2"], "dropout=2.0"),
+        (["--dataset=nothing"], "dataset='nothing': no folder"),
+        (["--init_from=resume"], "no checkpoint out/ckpt.pt"),
+        (["--init_from=gpt3"], "init_from='gpt3': expected scratch"),
+        (["--device=gpu"], "device='gpu': expected auto"),
+        pytest.param(
+            ["--device=cuda"],
+            "device='cuda': not available on this machine",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
+        (["--learning_rate=inf"], "learning_rate=inf: too large"),
+        (["--norm_eps=nan"], "norm_eps=nan"),
+        (["--out_dir="], "out_dir=''"),
+        (["--block_size=16", "--n_embd=2000000000000"], "out of memory"),
+        (["--out_dir=file/out"], "Not a directory"),
+        (["--out_dir=file"], "File exists"),
+        (["--wandb_log"], "wandb"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(train, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    (tmp_path / "file").write_text("")
+    result = train("--max_iters=1", *arguments)
+    assert result.code == 2
+    (line,) = result.err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_data_set_of_another_tokenizer_is_refused(train, tmp_path, data_dir):
+    train("--max_iters=1")
+    shutil.copytree(data_dir / "tiny", tmp_path / "data" / "tiny")
+    path = tmp_path / "data" / "tiny" / "meta.json"
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    meta["tokenizer"]["chars"] = meta["tokenizer"]["chars"][::-1]
+    path.write_text(json.dumps(meta), encoding="utf-8")
+    result = train("--init_from=resume", "--data_dir=data", "--max_iters=2")
+    assert result.code == 2 and "was made with another tokenizer" in result.err

@@ -1,0 +1,416 @@
+"""Train a GPT on token files that prepare/ has made. In one process, or in as many as torchrun starts:
+
+python train.py configs/train_shakespeare_char.py --batch_size=32
+
+torchrun --standalone --nproc_per_node=8 train.py configs/train_gpt2.py
+"""
+
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import FrameType
+
+from config import TrainConfig, one_line_errors, parse_command_line, resolve_device, resolve_dtype, restore
+from plan import plan
+
+# Before torch is imported, so that --help and a misspelt setting are answered at once.
+SETTINGS = parse_command_line(TrainConfig, __doc__) if __name__ == "__main__" else None
+if SETTINGS and SETTINGS[0].plan:
+    with one_line_errors():
+        print(plan(SETTINGS[0], int(os.environ.get("WORLD_SIZE", 1)), SETTINGS[0].plan_device))
+    sys.exit()
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import checkpoint
+import optim
+from data import Split, find_dataset, read_meta
+from model import GPT, GPTConfig
+from parallel import agree, try_compile
+from record import Log, describe_environment, peak_flops, utc_now
+from report import refresh_picture
+
+STOPPED_EARLY = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL, "try again"
+EVAL_BATCH = 12  # windows for each of eval_iters: nanoGPT's batch_size, so that ours does not change what is measured
+# settings of a checkpoint's run that do not carry over to the run that resumes it
+NOT_RESTORED = {"init_from", "out_dir", "data_dir", "eval_only", "plan", "plan_device", "device", "compile", "backend"}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, split: Split, windows: np.ndarray, device: torch.device, autocast: torch.autocast
+) -> float:
+    """Mean loss, in nats a token, on fixed windows. Every process takes its share and all get the same answer.
+
+    It is bit for bit the same whatever the batch size and the number of processes: each batch of windows is summed by
+    one process, in one shape, and the sums are added up in one order.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    model.eval()
+    losses = []
+    for number, x, y in split.eval_batches(windows, rank, world_size):
+        with autocast:
+            loss = model(x.to(device), y.to(device))[1]  # a name for the logits, (B, T, V), would keep them alive
+        losses.append((number, loss, int((y >= 0).sum())))
+    model.train()
+    sums = torch.zeros(len(windows), 2, dtype=torch.float64)  # by batch: loss in nats, tokens
+    for number, loss, tokens in losses:
+        sums[number] = torch.tensor([loss.item() * tokens, tokens])
+    if dist.is_initialized():
+        sums = sums.to(device)
+        dist.all_reduce(sums)  # each row is zero but in one process, so adding loses nothing
+    total, tokens = sums.cpu().sum(dim=0).tolist()
+    return total / tokens
+
+
+def catch_signals() -> list[str]:
+    """A list to which SIGINT and SIGTERM add their names, for the loop to see. A second Ctrl-C stops at once."""
+    received = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number).name)
+        print(f"{received[-1]}: saving after this step; Ctrl-C stops at once", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return received
+
+
+def main(cfg: TrainConfig, origin: dict[str, str]) -> None:
+    # -- processes and device: torchrun sets these variables, without it there is one process
+    rank, local_rank, world_size = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    distributed, world_size = world_size > 0, max(1, world_size)
+    began = time.monotonic()
+    log = Log(main=rank == 0)
+    if cfg.wandb_log and not cfg.eval_only:
+        import wandb  # noqa: F401  a missing package should not come up after a minute of preparations
+    out_dir = Path(cfg.out_dir)
+    device = resolve_device(cfg.device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32, where float32 is left
+    if distributed:
+        dist.init_process_group(("nccl" if device.type == "cuda" else "gloo") if cfg.backend == "auto" else cfg.backend)
+    host_group = dist.new_group(backend="gloo") if distributed else None  # for what need not pass through a GPU
+
+    # -- what to continue, if anything: the first process reads it, so the others need not see the file
+    saved = None
+    if cfg.init_from in ("resume", "auto"):
+        received = [None]
+        if rank == 0 and (cfg.init_from == "resume" or checkpoint.find(out_dir)):
+            received = [checkpoint.load_newest(out_dir, log.say)]
+        if distributed:
+            dist.broadcast_object_list(received, group=host_group)
+        saved = received.pop()
+    if saved:
+        # nanoGPT writes down a dtype also where it used none, on CPUs
+        not_restored = NOT_RESTORED if "tokenizer" in saved else NOT_RESTORED | {"dtype"}
+        cfg, origin = restore(cfg, origin, saved["config"], but=not_restored)
+        for key in saved["model_args"].keys() - {"dropout", "attention", "block_size"}:
+            value, given = saved["model_args"][key], origin.get(key, "default") not in ("default", "checkpoint")
+            if given and getattr(cfg, key) != value:
+                log.say(f"{key}={value} as in the checkpoint, not {getattr(cfg, key)}")
+        if saved["iter_num"] >= cfg.max_iters and not cfg.eval_only:
+            log.say(f"nothing to do: {out_dir} is at iteration {saved['iter_num']} of max_iters={cfg.max_iters}")
+            return
+    dtype = resolve_dtype(cfg.dtype, device)
+    if cfg.gradient_accumulation_steps % world_size:
+        raise ValueError(
+            f"gradient_accumulation_steps={cfg.gradient_accumulation_steps}: {world_size} processes share them, "
+            f"so give a multiple of {world_size}"
+        )
+    micro_steps = cfg.gradient_accumulation_steps // world_size
+    lr_decay_iters = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
+    if cfg.decay_lr and 0 < min(cfg.max_iters, lr_decay_iters) <= cfg.warmup_iters and not cfg.eval_only:
+        log.say(f"note: with warmup_iters={cfg.warmup_iters} the learning rate is still rising when the run ends")
+
+    # -- data
+    folder = find_dataset(cfg.data_dir, cfg.dataset)
+    meta = read_meta(folder)
+    if saved and saved.get("tokenizer", meta["tokenizer"]) != meta["tokenizer"]:
+        raise ValueError(f"{folder} was made with another tokenizer than the checkpoint in {out_dir} was trained with")
+    if not saved and cfg.init_from not in ("scratch", "auto") and meta["tokenizer"]["kind"] != "gpt2":
+        kind = meta["tokenizer"]["kind"]
+        raise ValueError(f"init_from={cfg.init_from!r} reads GPT-2's tokens; {folder} has those of a {kind} tokenizer")
+
+    # -- model
+    torch.manual_seed(cfg.seed)
+    if saved:
+        source = f"the checkpoint in {out_dir}"
+        model = checkpoint.build_model(saved, out_dir / "ckpt.pt", dropout=cfg.dropout, attention=cfg.attention)
+        if cfg.block_size > model.config.block_size:
+            log.say(f"block_size={model.config.block_size} as in the checkpoint, not {cfg.block_size}")
+            cfg.block_size = model.config.block_size
+    elif cfg.init_from in ("scratch", "auto"):
+        source, vocab_size = "the data", meta["vocab_size"]
+        if (
+            vocab_size > 1024
+        ):  # whole tiles for the tensor cores; ids past the tokenizer's are never targets nor sampled
+            vocab_size = 64 * math.ceil(vocab_size / 64)
+        args = {field.name: getattr(cfg, field.name) for field in fields(GPTConfig) if hasattr(cfg, field.name)}
+        model = GPT(GPTConfig(vocab_size=vocab_size, **args))
+    else:
+        source = cfg.init_from
+        model = GPT.from_pretrained(cfg.init_from, dropout=cfg.dropout)
+    if cfg.block_size > model.config.block_size:
+        raise ValueError(f"block_size={cfg.block_size}: {source} has at most {model.config.block_size}")
+    if meta["vocab_size"] > model.config.vocab_size:
+        raise ValueError(
+            f"{folder} has {meta['vocab_size']} tokens, the model of {source} only {model.config.vocab_size}"
+        )
+    model.crop_block_size(cfg.block_size)
+    for key, value in asdict(model.config).items():  # what is recorded is the model that is trained
+        if hasattr(cfg, key):
+            setattr(cfg, key, value)
+    splits = {name: Split(folder, name, cfg.block_size, meta) for name in ("train", "val")}
+    # train loss is measured on as many windows as val loss, also where eval_iters=0 asks for the whole of val
+    eval_windows = {"val": splits["val"].eval_windows(EVAL_BATCH * cfg.eval_iters)}
+    eval_windows["train"] = splits["train"].eval_windows(len(eval_windows["val"]))
+    model.to(device)
+    tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+    log.say(
+        f"{model.num_params() / 1e6:.2f}M parameters (position embeddings not counted) on {device} in {dtype}; "
+        f"{tokens_per_iter:,} tokens per iteration, {splits['train'].tokens:,} in {folder / 'train.bin'}"
+    )
+
+    # -- optimizer; fp16's small gradients are scaled up so as not to vanish, for the others the scaler does nothing
+    optimizer = optim.adamw(model, cfg.learning_rate, (cfg.beta1, cfg.beta2), cfg.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    iter_num, best_val_loss, val_loss, elapsed, wandb_id = 0, math.inf, math.nan, 0.0, None
+    evals_since_best, evaluated_iter = 0, -1
+    bad = [0, 0, -1]  # of bad steps: how many in a row up to now, how many in all, the last one
+    if saved:
+        iter_num, best_val_loss = saved["iter_num"], saved["best_val_loss"]
+        val_loss = saved.get("val_loss", best_val_loss)
+        elapsed, wandb_id = saved["elapsed_seconds"], saved.get("wandb_id")
+        evals_since_best, evaluated_iter = saved.get("evals_since_best", 0), saved.get("evaluated_iter", -1)
+        bad = saved.get("bad_steps", bad)
+        optim.load_state(optimizer, saved.get("optimizer", {}))
+        if scaler.is_enabled() and saved.get("scaler"):
+            scaler.load_state_dict(saved["scaler"])
+        saved = None  # a second copy of the weights and moments
+
+    def evaluate_all(model: nn.Module) -> dict[str, float]:
+        losses = {name: evaluate(model, splits[name], eval_windows[name], device, autocast) for name in splits}
+        log.say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        measured = {"train_eval_loss": losses["train"], "val_loss": losses["val"]}
+        if splits["val"].bytes:
+            measured["val_bpb"] = losses["val"] / math.log(2) * splits["val"].tokens / splits["val"].bytes
+        return measured
+
+    if cfg.eval_only:
+        evaluate_all(model)
+        if distributed:
+            dist.destroy_process_group()
+        return
+
+    def place(iter_num: int, micro_step: int, rank: int) -> int:
+        """Where in the run's one order of sequences a process's batch_size of them begin."""
+        return (iter_num * cfg.gradient_accumulation_steps + micro_step * world_size + rank) * cfg.batch_size
+
+    def batch(iter_num: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """x and y, (B, T) each, of this process."""
+        x, y = splits["train"].batch(cfg.seed, place(iter_num, micro_step, rank), cfg.batch_size)
+        if device.type == "cuda":  # pinned memory is copied while the GPU computes
+            return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
+        return x.to(device), y.to(device)
+
+    x, y = batch(iter_num, 0)
+    bare = model  # what is saved: no wrapper of torch.compile or DDP around it
+    compiled, model = try_compile(bare, cfg.compile, device, (x, y), autocast, log)
+
+    # -- the record of the run
+    if rank == 0:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    if cfg.wandb_log:
+        wandb_id = log.open_wandb(out_dir, cfg.wandb_project, cfg.wandb_run_name, asdict(cfg), wandb_id)
+    if rank == 0 and iter_num == 0:
+        log.put_aside(out_dir)
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    facts = {
+        "environment": describe_environment(device_name),
+        "parameters": bare.num_params(),
+        "data": {"folder": str(folder), "tokenizer": meta["tokenizer"]["kind"], "splits": meta["splits"]},
+    }
+    measured = log.open(out_dir, asdict(cfg), origin, iter_num, cfg.max_iters, facts)
+    drawing, drawn = rank == 0, time.monotonic()
+    peak = peak_flops(device_name, str(dtype).removeprefix("torch."))
+    flops_per_iter = bare.flops_per_token() * tokens_per_iter / world_size  # of one device
+
+    def record(metrics: dict[str, float], clock: float) -> None:
+        """iter_num's line in metrics.jsonl: `clock` and tokens are those that its weights have seen."""
+        when = {"iter": iter_num, "time": utc_now(), "elapsed_seconds": clock, "tokens": iter_num * tokens_per_iter}
+        log.record(when | metrics)
+
+    def save(best: bool) -> None:
+        """All that this run needs to go on from iter_num. A disk that is full now may not be later."""
+        if rank != 0:
+            return
+        state = {
+            "model": bare.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "model_args": asdict(bare.config),
+            "iter_num": iter_num,
+            "best_val_loss": best_val_loss,
+            "val_loss": val_loss,
+            "evals_since_best": evals_since_best,
+            "evaluated_iter": evaluated_iter,
+            "bad_steps": bad.tolist(),
+            "config": asdict(cfg),
+            "tokenizer": meta["tokenizer"],
+            "elapsed_seconds": elapsed,
+            "wandb_id": wandb_id,
+        }
+        try:
+            checkpoint.save(state, out_dir, best, cfg.keep_last)
+        except OSError as error:
+            if cfg.save_errors == "stop" or iter_num >= cfg.max_iters:
+                raise
+            log.say(f"NOT SAVED at iteration {iter_num}: {error}; the run goes on, and what was saved before is kept")
+
+    # -- the loop: iter_num counts the updates that the weights have had
+    resumed_iter, logged_iter, logged_elapsed = iter_num, iter_num, elapsed
+    bad, bad_loss, reported = torch.tensor(bad, device=device), torch.zeros((), device=device), bad[1]
+    signals = catch_signals()
+    started = time.perf_counter()  # the training clock stands still while evaluating and saving
+    while True:
+        last = iter_num >= cfg.max_iters
+        evaluating = iter_num % cfg.eval_interval == 0 or last
+        saving = bool(cfg.save_interval) and iter_num % cfg.save_interval == 0 and iter_num > resumed_iter
+        too_long = cfg.max_minutes is not None and time.monotonic() - began > 60 * cfg.max_minutes
+        stopping = not last and agree(bool(signals) or too_long, host_group)
+
+        # once in a while: evaluate, save
+        if evaluating or saving or stopping:
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
+            elapsed += time.perf_counter() - started
+        improved = False
+        if evaluating and not stopping:
+            measured = evaluate_all(compiled)
+            val_loss = measured["val_loss"]
+            if not math.isfinite(val_loss):
+                raise ValueError(
+                    f"val_loss is {val_loss} at iteration {iter_num}; {out_dir} keeps what was saved before"
+                )
+            improved = val_loss < best_val_loss
+            best_val_loss = min(val_loss, best_val_loss)
+            if iter_num != evaluated_iter:  # a resumed run evaluates again what the saved one had counted already
+                evals_since_best = 0 if improved else evals_since_best + 1
+            evaluated_iter = iter_num
+            last = last or (cfg.patience is not None and evals_since_best >= cfg.patience)
+            saving = saving or improved or last or cfg.always_save_checkpoint
+        if saving or stopping:
+            save(best=improved)
+        if last or stopping:
+            break
+        if evaluating or saving:
+            started = time.perf_counter()
+
+        # one step: every random draw in it follows from (seed, iteration, rank), so a resumed run repeats it exactly
+        torch.manual_seed(int(np.random.SeedSequence((cfg.seed, iter_num, rank)).generate_state(1)[0]))
+        lr = cfg.learning_rate
+        if cfg.decay_lr:
+            lr = optim.learning_rate_at(iter_num, cfg.learning_rate, cfg.min_lr, cfg.warmup_iters, lr_decay_iters)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss_sum = torch.zeros((), device=device)
+        for micro_step in range(micro_steps):
+            final = micro_step == micro_steps - 1
+            # gradients are averaged over the processes once a step, in the last backward pass
+            with model.no_sync() if distributed and not final else nullcontext():
+                with autocast:
+                    loss = model(x, y)[1] / micro_steps  # no name for the logits: the backward pass can free them
+                loss_sum += loss.detach()
+                scaler.scale(loss).backward()
+            x, y = batch(iter_num + final, 0 if final else micro_step + 1)  # while a GPU is still at work
+        scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(bare.parameters(), cfg.grad_clip or math.inf)
+        # A gradient that is no number must not reach the weights: with found_inf the optimizer leaves them alone, and
+        # nobody waits for the GPU to find out. (In fp16 overflows are the scaler's business, and only the loss tells.)
+        is_bad = ~grad_norm.isfinite()
+        if scaler.is_enabled():
+            if distributed:
+                dist.all_reduce(total_loss := loss_sum.clone())
+            is_bad = ~(total_loss if distributed else loss_sum).isfinite()
+        else:
+            optimizer.grad_scale, optimizer.found_inf = None, is_bad.float()
+        bad = torch.stack(((bad[0] + 1) * is_bad, bad[1] + is_bad, torch.where(is_bad, iter_num, bad[2])))
+        bad_loss = torch.where(is_bad, loss_sum, bad_loss)  # of this process alone
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        # once in a while: log
+        if iter_num % cfg.log_interval == 0:
+            if distributed:
+                dist.all_reduce(loss_sum)
+            train_loss = loss_sum.item() / world_size  # waits for the device, so the clock is read after it
+            now = time.perf_counter()
+            elapsed, started = elapsed + now - started, now
+            seconds = (elapsed - logged_elapsed) / (iter_num + 1 - logged_iter)  # an iteration, since the last log
+            logged_iter, logged_elapsed = iter_num + 1, elapsed
+            step = {"iter": iter_num, "train_loss": train_loss, "grad_norm": grad_norm.item(), "lr": lr}
+            step["tokens_per_second"] = tokens_per_iter / seconds
+            if peak:
+                step["mfu"] = flops_per_iter / seconds / peak
+            in_a_row, in_all, bad_iter = bad.tolist()
+            if in_all > reported:
+                reported = step["bad_steps"] = in_all
+                losses = [bad_loss.item()]
+                if distributed:
+                    dist.all_gather_object(losses := [None] * world_size, bad_loss.item(), group=host_group)
+                culprits = [
+                    {"rank": r, "loss": str(loss), "sequences": [place(bad_iter, m, r) for m in range(micro_steps)]}
+                    for r, loss in enumerate(losses)
+                ]
+                log.bad_batch(out_dir, {"iter": bad_iter, "batch_size": cfg.batch_size, "ranks": culprits}, in_all)
+                if in_a_row >= cfg.max_bad_steps:
+                    raise ValueError(
+                        f"{in_a_row} steps in a row without a finite loss and gradient, up to iteration {bad_iter}: "
+                        f"see {out_dir / 'bad_batch.json'}; {out_dir} keeps what was saved before"
+                    )
+            log.iteration(step, seconds, val_loss)
+            record(measured | step, elapsed - seconds)
+        elif measured:
+            record(measured, elapsed)
+        if drawing and measured and time.monotonic() - drawn > 5:  # seconds: a picture takes a third of one
+            elapsed += time.perf_counter() - started
+            drawing, drawn = refresh_picture(out_dir, log.say), time.monotonic()
+            started = time.perf_counter()
+        measured = {}
+        iter_num += 1
+
+    if stopping:
+        reason = ", ".join(signals) or f"max_minutes={cfg.max_minutes}"
+        log.say(f"stopped at iteration {iter_num} ({reason}), all is saved; --init_from=resume goes on from there")
+    else:
+        record(measured, elapsed)
+        if iter_num < cfg.max_iters:
+            log.say(f"val loss has not improved for {evals_since_best} evaluations (patience={cfg.patience})")
+        log.say(f"done: best val loss {best_val_loss:.4f}; python sample.py --out_dir={out_dir}")
+    if drawing and (out_dir / "metrics.jsonl").stat().st_size:
+        refresh_picture(out_dir, log.say)
+    log.close()
+    if distributed:
+        dist.destroy_process_group()
+    if stopping:
+        sys.exit(STOPPED_EARLY)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(*SETTINGS)
