@@ -661,10 +661,13 @@ def wandb_history(path: Path) -> list[dict]:
 
 @pytest.mark.slow
 def test_wandb_gets_the_same_numbers_and_resumes_the_same_run(train, tmp_path, monkeypatch):
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     for arguments in (["--max_iters=4"], ["--init_from=resume", "--max_iters=6"]):
         assert train("--wandb_log", "--eval_interval=2", *arguments).code == 0
+        wandb.teardown()  # as at the end of a process: wandb's own has written all when it returns
     first, second = sorted((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))
     assert first.name == second.name  # the run's id
     records = metrics(tmp_path / "out")
