@@ -4,6 +4,7 @@ Nothing but tensors and plain Python values goes in, and nothing in a file is ru
 """
 
 import contextlib
+import math
 import os
 import pickle
 import re
@@ -13,7 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
@@ -21,6 +22,8 @@ from model import GPT, GPTConfig
 
 # what unpickling bytes that are not a checkpoint can raise
 DAMAGE = (RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError, AssertionError, struct.error)
+DAMAGE += (ArithmeticError,)  # float(10**400)
+SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # GradScaler's state
 
 
 def save(checkpoint: dict[str, Any], out_dir: Path, best: bool, keep_last: int = 0) -> None:
@@ -83,31 +86,42 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
         raise ValueError(f"no checkpoint {path}")
     try:  # what torch.save writes is a zip archive, and so has a checksum of each part
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            # PyTorch packs nothing; its reader leaves memory as it was where a part is marked as a folder (DOS bit 4)
+            odd = (part.filename for part in archive.infolist() if part.compress_type or part.external_attr & 0x10)
+            damaged = next(odd, None) or archive.testzip()
     except (zipfile.BadZipFile, NotImplementedError, OSError, *DAMAGE):
         raise ValueError(f"{path} is not a checkpoint, or is cut short") from None
     if damaged:
-        raise ValueError(f"{path} is damaged: the checksum of its part {damaged} is wrong")
+        raise ValueError(f"{path} is damaged: the checksum of its part {damaged} is wrong, or it is packed")
     try:
         with warnings.catch_warnings():  # of pickle versions that torch does not write
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if not isinstance(checkpoint, dict):
+            raise TypeError(f"{type(checkpoint).__name__} where a dict is due")
         weights = checkpoint["model"]
         plain = {
             "model_args": dict(checkpoint["model_args"]),
             "config": dict(checkpoint.get("config", {})),
-            "iter_num": int(checkpoint["iter_num"]),
-            "best_val_loss": float(checkpoint["best_val_loss"]),
-            "elapsed_seconds": float(checkpoint.get("elapsed_seconds", 0.0)),
+            "iter_num": checkpoint["iter_num"],
+            "best_val_loss": as_float(checkpoint["best_val_loss"]),
+            "elapsed_seconds": as_float(checkpoint.get("elapsed_seconds", 0.0)),
         }
-        if plain["iter_num"] < 0:
-            raise ValueError(f"iter_num {plain['iter_num']}")
+        check_loop(checkpoint | plain)
         # torch.compile's wrapper leaves a prefix in nanoGPT's files, its old attention a mask
         model = {
             name.removeprefix("_orig_mod."): tensor
             for name, tensor in weights.items()
             if not name.endswith(".attn.bias")
         }
+        check_tensors(model)
+        if not mmap:  # whoever maps the file does not want the moments
+            for moments in (checkpoint.get("optimizer") or {"state": {}})["state"].values():
+                check_tensors(moments)
+                if missing := {"step", "exp_avg", "exp_avg_sq"} - moments.keys():
+                    raise KeyError(f"the optimizer's {min(missing)}")
+                if moments["step"].numel() != 1 or moments["step"] < 0 or (moments["exp_avg_sq"] < 0).any():
+                    raise ValueError("the optimizer's state is not AdamW's")
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL:? (\S+)", str(error), re.IGNORECASE)
         reason = f"it would run code ({named[1]})" if named else "not a checkpoint, or cut short"
@@ -115,15 +129,60 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
     except DAMAGE as error:
         detail = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__}: {detail})") from None
-    if not all(torch.is_tensor(tensor) and tensor.layout == torch.strided for tensor in model.values()):
-        raise ValueError(f"{path} is damaged: not all of its weights are tensors")
     return checkpoint | plain | {"model": model}
+
+
+def as_float(value: Any) -> float:
+    if isinstance(value, str):  # float() would read it
+        raise TypeError(f"{value[:20]!r} where a number is due")
+    return float(value)  # nanoGPT's best_val_loss is a tensor
+
+
+def check_loop(state: dict[str, Any]) -> None:
+    """ValueError where the training loop cannot have saved this."""
+
+    def is_count(value: Any, low: int = 0) -> bool:
+        return type(value) is int and low <= value < 2**63
+
+    bad_steps, scaler = state.get("bad_steps", [0, 0, -1]), state.get("scaler") or {}
+    sound = {
+        "iter_num": is_count(state["iter_num"]),
+        "best_val_loss": state["best_val_loss"] >= 0,  # nan is not
+        "elapsed_seconds": 0 <= state["elapsed_seconds"] < math.inf,
+        "val_loss": isinstance(state.get("val_loss", 0.0), float),  # nan before the first evaluation
+        "evals_since_best": is_count(state.get("evals_since_best", 0)),
+        "evaluated_iter": is_count(state.get("evaluated_iter", -1), low=-1),
+        "bad_steps": isinstance(bad_steps, list) and len(bad_steps) == 3 and all(is_count(n, -1) for n in bad_steps),
+        "scaler": not scaler or (scaler.keys() == SCALER and all(0 <= as_float(n) < math.inf for n in scaler.values())),
+        "tokenizer": isinstance(state.get("tokenizer", {}), dict),
+        "wandb_id": isinstance(state.get("wandb_id"), str | None),
+    }
+    if wrong := [key for key, is_sound in sound.items() if not is_sound]:
+        raise ValueError(f"its {wrong[0]} cannot be")
+
+
+def check_tensors(tensors: dict[str, Any]) -> None:
+    """ValueError where one is not a whole tensor of finite numbers in memory (but sparse, quantized, expanded, ...)."""
+    for name, tensor in tensors.items():
+        if not torch.is_tensor(tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise ValueError(f"{name} is not a tensor in memory")
+        if not tensor.is_floating_point() or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{name} is not made of {tensor.numel()} numbers")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not all finite: the run had diverged")
 
 
 def build_model(checkpoint: dict[str, Any], path: Path, **overrides: Any) -> GPT:
     """The checkpoint's model, on the CPU, with `overrides` of its GPTConfig that leave the weights alone (dropout)."""
     try:
-        return GPT.from_weights(GPTConfig(**checkpoint["model_args"] | overrides), checkpoint["model"])
+        args, kinds = checkpoint["model_args"], get_type_hints(GPTConfig)
+        for key, value in args.items():
+            if not isinstance(value, kinds[key] | int) or value != value:  # an int is a float too, but nan is none
+                raise TypeError(f"{key}={value!r}")
+        weights = {name: tensor.float() for name, tensor in checkpoint["model"].items()}  # if saved as 16 bits
+        if args.get("n_layer", 0) > len(weights):  # so many empty layers would take for ever to make
+            raise ValueError(f"n_layer={args['n_layer']} and {len(weights)} weights")
+        return GPT.from_weights(GPTConfig(**args | overrides), weights)
     except DAMAGE as error:
         detail = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is damaged: its weights are not those of its model_args ({detail})") from None

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent
 Settings = TypeVar("Settings")
+EVAL_BATCH = 12  # windows for each of eval_iters: nanoGPT's batch_size, so that ours does not change what is measured
+EVAL_TOKENS = 4096  # tokens of one evaluation forward: fixed, so that rounding cannot depend on batch_size
 
 # -- the settings of train.py and sample.py; the name of a class is the heading of its options in --help -------------
 
@@ -70,6 +72,9 @@ class Output:
     always_save_checkpoint: Annotated[bool, "save ckpt.pt at each evaluation, not only when val_loss improves"] = True
     save_interval: Annotated[int | None, "save ckpt.pt every so many iterations too, not only when evaluating"] = None
     keep_last: Annotated[int, "keep the last so many saves as ckpt-ITERATION.pt too"] = 0
+    sample_interval: Annotated[
+        int | None, "write two samples, always from the same seeds, every so many iterations"
+    ] = None
     save_errors: Annotated[Literal["continue", "stop"], "what to do when a save fails, the last one apart"] = "continue"
     wandb_log: Annotated[bool, "also log to Weights & Biases"] = False
     wandb_project: Annotated[str, "its project"] = "owt"
@@ -83,6 +88,7 @@ class Data:
     batch_size: Annotated[int, "sequences in one micro-batch"] = 12
     gradient_accumulation_steps: Annotated[int, "micro-batches in one step, over all processes"] = 5 * 8
     block_size: Annotated[int, "context length, in tokens"] = 1024
+    allow_other_data: Annotated[bool, "resume also on data other than the checkpoint's"] = False
 
 
 @dataclass(kw_only=True)
@@ -123,6 +129,10 @@ class Optimizer:
     warmup_iters: Annotated[int, "iterations of linear warm-up"] = 2000
     lr_decay_iters: Annotated[int | None, "where the cosine ends; None: max_iters"] = None
     min_lr: Annotated[float, "learning rate at its end, about learning_rate / 10"] = 6e-5
+    strategy: Annotated[
+        Literal["ddp", "fsdp"], "several processes: each has the whole model, or a share of it (FSDP)"
+    ] = "ddp"
+    activation_checkpointing: Annotated[bool, "keep fewer activations and compute them again: slower, smaller"] = False
     backend: Annotated[
         Literal["auto", "nccl", "gloo", "mpi", "ucc"], "of torch.distributed; auto: nccl on GPUs, gloo on CPUs"
     ] = "auto"
@@ -133,7 +143,7 @@ class TrainConfig(Machine, Optimizer, Model, Data, Output):
     def __post_init__(self):
         check_init_from(self.init_from, "scratch", "resume", "auto")
         at_least(self, 1, "batch_size", "gradient_accumulation_steps", "block_size", "eval_interval", "log_interval")
-        at_least(self, 1, "save_interval", "patience", "max_bad_steps")
+        at_least(self, 1, "save_interval", "sample_interval", "patience", "max_bad_steps")
         at_least(
             self, 0, "eval_iters", "max_iters", "warmup_iters", "lr_decay_iters", "seed", "keep_last", "max_minutes"
         )
@@ -217,7 +227,7 @@ def convert(key: str, value: Any, kind: Any) -> Any:
         if member in (int, float) and not isinstance(value, bool) and isinstance(value, (str, int, member)):
             try:
                 return member(value)
-            except ValueError:
+            except (ValueError, OverflowError):
                 continue
         if member is str and text:
             return value
@@ -419,7 +429,8 @@ def one_line_errors() -> Iterator[None]:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    process = f" in process {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    print(f"error{process}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 

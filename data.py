@@ -9,17 +9,18 @@ import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from config import ROOT
+from config import EVAL_TOKENS, ROOT
 from tokenizer import from_description, read_meta_pkl
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256  # llm.c: 256 int32, the third is the number of tokens
 VERIFY_BYTES = 2**27  # files up to this size are read whole and checked when they are opened, a tenth of a second
-EVAL_TOKENS = 4096  # tokens of one evaluation forward: fixed, so that rounding cannot depend on batch_size
 
 
 def find_dataset(data_dir: str, dataset: str) -> Path:
@@ -47,14 +48,18 @@ def read_meta(folder: Path) -> dict:
             meta = json.loads(path.read_text(encoding="utf-8"))
             whole = isinstance(meta["tokenizer"], dict) and isinstance(meta["vocab_size"], int)
             counts = [split[key] for split in meta["splits"].values() for key in ("tokens", "bytes")]
-            whole = whole and meta["dtype"] in ("uint16", "uint32") and all(isinstance(n, int) for n in counts)
+            whole = whole and meta["dtype"] in ("uint16", "uint32") and set(meta["splits"]) in ({"train", "val"}, set())
+            whole = whole and all(type(n) is int and 0 <= n < 2**63 for n in counts)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the data again") from None
-            whole = whole and meta["splits"].keys() == {"train", "val"}
         if not whole:
             raise ValueError(f"{path} is damaged: not the description of a data set; prepare the data again")
         gpt2 = meta["tokenizer"] == {"kind": "gpt2"}  # from_description might have to download it
-        if meta["vocab_size"] != (50257 if gpt2 else from_description(meta["tokenizer"]).vocab_size):
+        try:
+            vocab_size = 50257 if gpt2 else from_description(meta["tokenizer"]).vocab_size
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+        if meta["vocab_size"] != vocab_size:
             raise ValueError(f"{path} is damaged: vocab_size {meta['vocab_size']} is not its tokenizer's")
         return meta
     tokenizer, vocab_size = {"kind": "gpt2"}, 50257
@@ -68,10 +73,15 @@ def open_tokens(path: Path, dtype: str, stated: dict | None, vocab_size: int) ->
     """Memory-map the ids of one file, (n,). ValueError where they are not what the file or its meta.json states."""
     size = path.stat().st_size
     header = np.fromfile(path, dtype="<i4", count=3)
-    if len(header) == 3 and header[0] == SHARD_MAGIC:
-        n, offset, dtype = int(header[2]), 4 * SHARD_HEADER, "uint16"
-        if header[1] != SHARD_VERSION or size != offset + 2 * n:
-            raise ValueError(f"{path} is damaged: version {header[1]}, {size} bytes, and its header states {n} tokens")
+    magic, version, n = map(int, header) if len(header) == 3 else (0, 0, 0)
+    fits = version == SHARD_VERSION and size == 4 * SHARD_HEADER + 2 * n  # also where the magic number is damaged
+    if magic == SHARD_MAGIC or fits:
+        offset, dtype = 4 * SHARD_HEADER, "uint16"
+        if magic != SHARD_MAGIC or not fits:
+            raise ValueError(
+                f"{path} is damaged: magic number {magic}, version {version}, {size} bytes, and its header states "
+                f"{n} tokens"
+            )
     else:
         n, offset = size // np.dtype(dtype).itemsize, 0
         if size % np.dtype(dtype).itemsize:
@@ -127,12 +137,14 @@ class Split:
         )  # shifted, so that no cut is always the same
         return random.permutation(np.arange(self.windows.sum(), dtype=np.uint32)), starts
 
-    def batch(self, seed: int, first: int, batch_size: int) -> tuple[Tensor, Tensor]:
+    def batch(self, seed: int, first: int, batch_size: int) -> "tuple[Tensor, Tensor]":
         """Sequences first ... first + batch_size - 1 of the run's endless order: x and y, (B, T) int64 each.
 
         The order depends on the seed alone: every epoch has each window once, in an order of its own. Whoever asks
         for disjoint stretches (each step, micro-step, rank) gets disjoint windows, and resuming replays nothing.
         """
+        import torch  # here, not above: plan.py answers sooner without
+
         bounds = self.windows.cumsum()
         rows = []
         for place in range(first, first + batch_size):
@@ -157,10 +169,16 @@ class Split:
 
     def eval_batches(
         self, windows: np.ndarray, rank: int = 0, world_size: int = 1
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """This rank's share of the evaluation: (number of the batch, x, y), all of one shape; y is -1 past the end."""
+    ) -> "Iterator[tuple[int, Tensor, Tensor]]":
+        """This rank's share of the evaluation: (number of the batch, x, y), all of one shape; y is -1 past the end.
+
+        Every rank gets as many, as FSDP wants, so the last can lie past the end as a whole.
+        """
+        import torch
+
         rows, T = max(1, min(EVAL_TOKENS // self.block_size, len(windows))), self.block_size
-        for number in range(rank, -(-len(windows) // rows), world_size):
+        batches = -(-len(windows) // rows)
+        for number in range(rank, world_size * -(-batches // world_size), world_size):
             tokens = np.full((rows, T + 1), -1, dtype=np.int64)
             for row, (shard, start) in zip(tokens, windows[number * rows : (number + 1) * rows], strict=False):
                 window = self.shards[shard][start : start + T + 1]

@@ -23,6 +23,7 @@ a straight way through; normalising before each branch, not after, keeps deep st
 import json
 import math
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 
 @dataclass(kw_only=True)
@@ -244,6 +246,15 @@ class Block(nn.Module):
 # -- the model -------------------------------------------------------------------------------------------------------
 
 
+class SkipInit(TorchFunctionMode):
+    """Leave weights as they are: those of "meta" hold nothing, and initialising them would import torch._dynamo."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return function(*args, **kwargs or {})
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -363,7 +374,7 @@ class GPT(nn.Module):
     @classmethod
     def from_weights(cls, config: GPTConfig, weights: dict[str, Tensor]) -> "GPT":
         """A model that takes `weights` (name -> tensor) as its own, without initialising or copying."""
-        with torch.device("meta"):
+        with torch.device("meta"), SkipInit():
             model = cls(config)
         if config.tie_embeddings:
             weights = weights | {"lm_head.weight": weights["transformer.wte.weight"]}
@@ -389,7 +400,7 @@ class GPT(nn.Module):
                 ) from None
         try:
             return cls.from_weights(*read_gpt2(folder, dropout))
-        except RuntimeError as error:
+        except (RuntimeError, KeyError) as error:
             raise ValueError(f"{folder}: its weights are not those of its config.json ({error})") from None
 
 
@@ -429,9 +440,14 @@ def read_gpt2(folder: Path, dropout: float = 0.0) -> tuple[GPTConfig, dict[str, 
     else:
         path = folder / "pytorch_model.bin"
         try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError) as error:
+            with warnings.catch_warnings():  # of pickle versions that torch does not write
+                warnings.simplefilter("ignore")
+                found = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged or would run code ({type(error).__name__})") from None
+    named = isinstance(found, dict) and all(isinstance(name, str) for name in found)
+    if not named or not all(torch.is_tensor(tensor) and tensor.is_floating_point() for tensor in found.values()):
+        raise ValueError(f"{path} is damaged: not names with a tensor each")
     weights = {}
     for name, tensor in found.items():
         if name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, not weights

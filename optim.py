@@ -36,6 +36,11 @@ def load_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
                     state[index][key] = value = value[: len(parameter)]
                     if value.shape != parameter.shape:
                         raise ValueError(f"{key} of shape {tuple(value.shape)} for weights of {tuple(parameter.shape)}")
+                    if hasattr(parameter, "full_tensor"):  # shared out by FSDP: each process takes its part
+                        from torch.distributed.tensor import distribute_tensor
+
+                        mesh, placements = parameter.device_mesh, parameter.placements
+                        state[index][key] = distribute_tensor(value.to(mesh.device_type), mesh, placements)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise ValueError(f"the checkpoint's optimizer state is damaged or another model's: {error}") from None
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,6 +1,11 @@
-"""One run in several processes: gradients averaged, decisions taken together; and the model under torch.compile."""
+"""One run in several processes: gradients averaged, the model shared out, decisions taken together; torch.compile.
 
-from contextlib import nullcontext
+DDP (arXiv:2006.15704): each process has the whole model. FSDP (arXiv:2304.11277): each keeps its share of every weight
+and of the optimizer's state, and a block's weights are gathered for as long as it computes.
+"""
+
+import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -8,6 +13,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from record import Log
+
+
+def join(backend: str) -> dist.ProcessGroup:
+    """Become one of the processes that torchrun has started; returns a group for what need not pass through a GPU."""
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    # When torchrun starts its processes again it keeps the store where they look each other up: on one node the count
+    # of restarts tells old addresses from new. (Nodes count each their own; README.md says what they need.)
+    one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "any", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    return dist.new_group(backend="gloo")
 
 
 def agree(mine: bool, group: dist.ProcessGroup | None) -> bool:
@@ -19,11 +35,44 @@ def agree(mine: bool, group: dist.ProcessGroup | None) -> bool:
     return bool(vote.item())
 
 
+def is_sharded(value: Any) -> bool:
+    return hasattr(value, "full_tensor")  # a DTensor
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Share the model out over the processes, in place: its weights become DTensors."""
+    from torch.distributed.fsdp import fully_shard  # half a second that other runs need not wait
+
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model as it is trained: with several processes, one that averages its gradients over them."""
-    if not dist.is_initialized():
+    """The model as it is trained: with several processes, one whose gradients are averaged over them."""
+    if not dist.is_initialized() or is_sharded(next(model.parameters())):  # which averages them itself
         return model
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def average_gradients(model: nn.Module, now: bool) -> None:
+    """Whether the next backward pass averages gradients over the processes: the last one of a step is enough."""
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            module.require_backward_grad_sync = now
+        elif hasattr(module, "set_requires_gradient_sync"):  # an FSDPModule
+            module.set_requires_gradient_sync(now, recurse=False)
+
+
+def whole(value: Any, main: bool = True) -> Any:
+    """A state dict whose shared-out tensors are put together again, in the main process; every process must call it."""
+    if isinstance(value, dict):
+        return {key: whole(item, main) for key, item in value.items()}
+    if is_sharded(value):
+        full = value.full_tensor()
+        return full.cpu() if main else None
+    return value
 
 
 def try_compile(
@@ -42,8 +91,10 @@ def try_compile(
         compiled = torch.compile(model, dynamic=False)
         # through the wrapper: DDP has the graph cut where gradients can be sent while others are still computed
         wrapped = wrap(compiled, device)
-        with wrapped.no_sync() if wrapped is not compiled else nullcontext(), autocast:
-            wrapped(*batch)[1].backward()
+        average_gradients(wrapped, now=False)
+        with autocast:
+            loss = wrapped(*batch)[1]
+        loss.backward()
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ImportError) as error:

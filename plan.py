@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from config import ROOT, TrainConfig
+from config import EVAL_BATCH, EVAL_TOKENS, ROOT, TrainConfig
 from record import PEAK_TFLOPS, peak_flops, ram_bytes
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 GPT2 = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 GPT2_TOKENS_PER_STEP = 12 * 1024 * 40  # configs/train_gpt2.py; GPT-3's, for models of 125M to 760M (arXiv:2005.14165)
-EVAL_TOKENS, EVAL_BATCH = 4096, 12  # data.py's and train.py's: tokens of an evaluation's batch, windows per eval_iters
 ASSUMED_MFU = 0.4  # what compiled training of a GPT reaches of a device's peak is mostly from 0.3 to 0.5
 
 # Memory in GB, from the vendors' data sheets; the smaller, where a device is sold with two
@@ -69,12 +68,12 @@ def fused(c: "GPTConfig", gpu: bool) -> bool:
     return c.attention == "sdpa" and (gpu or not c.dropout)
 
 
-def kept_for_backward(c: "GPTConfig", B: int, width: int, gpu: bool) -> dict[str, int]:
+def kept_for_backward(c: "GPTConfig", B: int, width: int, gpu: bool, recomputed: bool = False) -> dict[str, int]:
     """Bytes of what autograd keeps from the forward pass on B sequences, by part, until backward has used it.
 
     `width`: bytes of a number in a matrix product, 4, or 2 under autocast, where the residual stream, the norms and
     the loss stay in float32. A product keeps its inputs; a norm and an activation keep theirs. (torch.compile keeps
-    less: what is quickly computed again.)
+    less: what is quickly computed again.) `recomputed`: with activation checkpointing, of a block only its input.
     """
     C, H, G, D, F, T, V = c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.n_inner, c.block_size, c.vocab_size
     n, half = B * T, width == 2
@@ -109,10 +108,13 @@ def kept_for_backward(c: "GPTConfig", B: int, width: int, gpu: bool) -> dict[str
     mlp += 4 * n * F if c.mlp == "relu2" and gpu and half else 0  # GPUs square in float32
 
     matrices = V * C + c.n_layer * (C * (H + 2 * G) * D + H * D * C + (3 if c.mlp == "swiglu" else 2) * C * F)
+    norms = (2 * c.n_layer + 1) * norm
+    if recomputed:
+        norms, attention, mlp = norm, 0, 4 * n * C
     positions = {"learned": 8 * T, "rope": 2 * 4 * T * D}.get(c.position, 0)  # which are looked up; cos and sin
     return {
         "embeddings": 8 * n + positions + (0 if not c.dropout else 1 if gpu else 4) * n * C,
-        "norms": (2 * c.n_layer + 1) * norm,
+        "norms": norms,
         "attention": c.n_layer * attention,
         "MLP": c.n_layer * mlp,
         "logits": width * n * C + 4 * n * V + 8 * n,  # the head's input; the loss keeps log softmax and targets
@@ -121,7 +123,15 @@ def kept_for_backward(c: "GPTConfig", B: int, width: int, gpu: bool) -> dict[str
 
 
 def memory(
-    c: "GPTConfig", B: int, width: int, gpu: bool, eval_windows: int, micro_steps: int, processes: int
+    c: "GPTConfig",
+    B: int,
+    width: int,
+    gpu: bool,
+    eval_windows: int,
+    micro_steps: int,
+    processes: int,
+    sharded: bool = False,
+    recomputed: bool = False,
 ) -> dict[str, dict[str, int]]:
     """Bytes that one process holds at each moment that can be the run's peak: {moment: {part: bytes}}.
 
@@ -129,10 +139,15 @@ def memory(
     one of the ends is the most; and clipping and the fused optimizer work in place.
     """
     C, H, G, D, F, T, V = c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.n_inner, c.block_size, c.vocab_size
-    weights = 4 * sum(parameters(c).values())
+    sizes = parameters(c)
+    weights = 4 * sum(sizes.values())
     trained = weights - (4 * T * C if c.position == "sinusoidal" else 0)
-    kept = kept_for_backward(c, B, width, gpu)
-    buckets = trained if processes > 1 else 0  # DDP's copy of the gradients
+    kept = kept_for_backward(c, B, width, gpu, recomputed)
+    gathered = 0
+    if sharded:  # a share of all, and whole: the embeddings and head, one block in use and the next one coming
+        gathered = 4 * (sizes["embeddings"] + 2 * (weights // 4 - sizes["embeddings"]) // c.n_layer)
+        weights, trained = weights // processes, trained // processes
+    buckets = trained if processes > 1 and not sharded else 0  # DDP's copy of the gradients
     before = buckets + (trained if micro_steps > 1 else 0)  # and what earlier micro-batches have summed up
     # the head's gradient comes first; the embeddings', as large, comes last and is added to the head's where tied
     head = 4 * V * C
@@ -142,7 +157,10 @@ def memory(
     n, exact = B * T, width if c.attention == "explicit" and not gpu else 4
     mlp = 4 * 2 * n * C + width * (3 if c.mlp == "relu2" else 2) * n * F + 4 * F * C
     pairs = 0 if fused(c, gpu) else exact * (1 if c.dropout else 2) * B * H * T * T
-    block = max(mlp, 4 * 2 * n * C + pairs - kept["MLP"] // c.n_layer)
+    again = kept_for_backward(c, B, width, gpu)
+    block = max(mlp, 4 * 2 * n * C + pairs - again["MLP"] // c.n_layer)
+    if recomputed:
+        block += sum(again[part] for part in ("norms", "attention", "MLP")) // c.n_layer
 
     # evaluation keeps nothing, drops nothing, and has batches of its own, of m tokens: the logits, in float32 too, and
     # log softmax; or what is inside an MLP; or q, k, v, their copies, the scores and the attention weights
@@ -160,8 +178,10 @@ def memory(
         "evaluation": (buckets, kept["16-bit weights"], evaluation),
     }
     always = {"weights": weights, "AdamW": 2 * trained}  # two running averages for each weight
-    parts = ("gradients", "activations", "temporary")
-    return {moment: always | dict(zip(parts, sizes, strict=True)) for moment, sizes in moments.items()}
+    return {
+        moment: always | {"gradients": gradients, "activations": activations, "temporary": temporary + gathered}
+        for moment, (gradients, activations, temporary) in moments.items()
+    }
 
 
 # -- what the settings ask for ----------------------------------------------------------------------------------------
@@ -183,15 +203,8 @@ def model_config(cfg: TrainConfig, vocab_size: int) -> "GPTConfig":
             vars(c).update({key: sizes[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not that of a GPT-2 ({type(error).__name__}: {error})") from None
-        c.position, c.norm, c.mlp, c.attention, c.bias, c.qk_norm = (
-            "learned",
-            "layernorm",
-            "gelu_tanh",
-            "sdpa",
-            True,
-            False,
-        )
-        c.n_kv_head, c.head_dim, c.n_inner = None, None, sizes.get("n_inner")
+        vars(c).update(position="learned", norm="layernorm", mlp="gelu_tanh", attention="sdpa", bias=True)
+        vars(c).update(qk_norm=False, n_kv_head=None, head_dim=None, n_inner=sizes.get("n_inner"))
         c.tie_embeddings = sizes.get("tie_word_embeddings", True)
     usual = min(c.n_layer, c.n_head, c.n_embd) >= 1 and c.n_embd % (2 * c.n_head) == 0 and 0 <= c.dropout < 1
     if not usual or c.n_kv_head or c.head_dim or c.n_inner:  # perhaps impossible: GPTConfig knows, and says why
@@ -207,7 +220,7 @@ def data_sizes(cfg: TrainConfig) -> tuple[int, int, int] | None:
     """Vocabulary, tokens to train on, and tokens of the shortest file of the data set; None where it is not there."""
     if not any((root / cfg.data_dir / cfg.dataset).is_dir() for root in (Path(), ROOT)):
         return None
-    from data import Split, find_dataset, read_meta
+    from data import Split, find_dataset, read_meta  # numpy, which --help need not wait for
 
     folder = find_dataset(cfg.data_dir, cfg.dataset)
     meta = read_meta(folder)
@@ -231,18 +244,32 @@ def find_device(plan_device: str | None, device: str) -> tuple[str, float | None
     return "cpu", ram_bytes()
 
 
-def concerns(cfg: TrainConfig, n_params: int, data: tuple[int, int, int] | None) -> list[str]:
-    """What looks like a mistake in the settings of a training run, a line each. `data`: see data_sizes."""
-    tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+def micro_steps_of_each(world_size: int, gradient_accumulation_steps: int) -> int:
+    """Micro-batches of each process in one step. ValueError where they cannot be shared out evenly."""
+    if gradient_accumulation_steps % world_size:
+        shares = f"{world_size} processes share them, so give a multiple of {world_size}"
+        raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps}: {shares}")
+    return gradient_accumulation_steps // world_size
+
+
+def learning_rate_concerns(cfg: TrainConfig) -> list[str]:
     lr_decay_iters = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
     found = []
-    finetuning = cfg.init_from not in ("scratch", "resume", "auto")  # takes smaller steps
-    if not finetuning and 1e8 <= n_params <= 2e9 and not 1 / 4 <= tokens_per_step / GPT2_TOKENS_PER_STEP <= 4:
-        found.append(f"{tokens_per_step:,} tokens a step: models of this size take about {GPT2_TOKENS_PER_STEP:,}")
     if cfg.decay_lr and lr_decay_iters != cfg.max_iters:
         found.append(f"lr_decay_iters={lr_decay_iters} is not max_iters={cfg.max_iters}")
     if cfg.decay_lr and 0 < min(cfg.max_iters, lr_decay_iters) <= cfg.warmup_iters:
         found.append(f"warmup_iters={cfg.warmup_iters}: the learning rate is still rising when the run ends")
+    return found
+
+
+def concerns(cfg: TrainConfig, n_params: int, data: tuple[int, int, int] | None) -> list[str]:
+    """What looks like a mistake in the settings of a training run, a line each. `data`: see data_sizes."""
+    tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+    found = []
+    finetuning = cfg.init_from not in ("scratch", "resume", "auto")  # takes smaller steps
+    if not finetuning and 1e8 <= n_params <= 2e9 and not 1 / 4 <= tokens_per_step / GPT2_TOKENS_PER_STEP <= 4:
+        found.append(f"{tokens_per_step:,} tokens a step: models of this size take about {GPT2_TOKENS_PER_STEP:,}")
+    found += learning_rate_concerns(cfg)
     if data and data[2] <= cfg.block_size:
         found.append(f"block_size={cfg.block_size}: too long, the shortest file of the data has {data[2]:,} tokens")
     if data and cfg.max_iters * tokens_per_step > 4 * data[1]:
@@ -255,16 +282,14 @@ def plan(cfg: TrainConfig, world_size: int = 1, plan_device: str | None = None) 
 
     It is planned for `plan_device`, a name of record.PEAK_TFLOPS in any case, or else for the device of this machine.
     """
-    if cfg.gradient_accumulation_steps % world_size:
-        steps = cfg.gradient_accumulation_steps
-        raise ValueError(f"gradient_accumulation_steps={steps}: {world_size} processes share them, give a multiple")
+    micro_steps = micro_steps_of_each(world_size, cfg.gradient_accumulation_steps)
     data = data_sizes(cfg)
     c = model_config(cfg, padded_vocab_size(data[0] if data else 50257))
     device, available = find_device(plan_device, cfg.device)
     gpu, dtype = device != "cpu", cfg.dtype
     if dtype == "auto":
         dtype = "float32" if not gpu else "float16" if re.search("V100|T4", device) else "bfloat16"
-    sizes, flops, micro_steps = parameters(c), flops_per_token(c), cfg.gradient_accumulation_steps // world_size
+    sizes, flops = parameters(c), flops_per_token(c)
     n_params = sum(sizes.values())
     tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     tokens = cfg.max_iters * tokens_per_step
@@ -288,7 +313,8 @@ def plan(cfg: TrainConfig, world_size: int = 1, plan_device: str | None = None) 
         lines["checkpoint"] = f"{checkpoint_bytes(c):,} bytes"
 
     width, windows = 4 if dtype == "float32" else 2, EVAL_BATCH * cfg.eval_iters or EVAL_TOKENS
-    moments = memory(c, cfg.batch_size, width, gpu, windows, micro_steps, world_size)
+    sharded, recomputed = cfg.strategy == "fsdp" and world_size > 1, cfg.activation_checkpointing
+    moments = memory(c, cfg.batch_size, width, gpu, windows, micro_steps, world_size, sharded, recomputed)
     if cfg.eval_only:
         moments = {"evaluation": moments["evaluation"] | {"AdamW": 0, "gradients": 0}}
     totals = {moment: sum(parts.values()) for moment, parts in moments.items()}
@@ -299,7 +325,7 @@ def plan(cfg: TrainConfig, world_size: int = 1, plan_device: str | None = None) 
     for moment, parts in moments.items():
         lines[f"  {moment}"] = "".join(f"{size / 1e6:13,.1f}" for size in (*parts.values(), totals[moment]))
     if not cfg.eval_only:
-        kept = kept_for_backward(c, cfg.batch_size, width, gpu)
+        kept = kept_for_backward(c, cfg.batch_size, width, gpu, recomputed)
         lines["  activations"] = ", ".join(f"{part} {size / 1e6:,.1f}" for part, size in kept.items())
 
     warnings = [] if cfg.eval_only else concerns(cfg, n_params, data)

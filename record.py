@@ -147,6 +147,10 @@ class Log:
             self.file.write(json.dumps(numbers) + "\n")
             self.file.flush()
         if self.wandb:
+            if "samples" in numbers:
+                import wandb
+
+                numbers["samples"] = wandb.Table(columns=["sample"], data=[[text] for text in numbers["samples"]])
             self.wandb.log(numbers, step=metrics["iter"])
 
     def iteration(self, metrics: dict[str, Any], seconds: float, val_loss: float) -> None:
@@ -159,6 +163,11 @@ class Log:
             self.progress.update(self.task, completed=iter_num + 1, description=f"{loss}, val {val_loss:.4f}, {speed}")
         else:
             self.say(f"iter {iter_num}: {loss}, time {1000 * seconds:.2f}ms, {speed}")
+
+    def samples(self, iter_num: int, texts: list[str]) -> None:
+        """What the model writes by now."""
+        for number, text in enumerate(texts):
+            self.say(f"-- iter {iter_num}, sample {number} --\n{text}")
 
     def bad_batch(self, out_dir: Path, culprits: dict[str, Any], count: int) -> None:
         """A step was skipped because its loss or gradient was no number: say so, and on which sequences it was."""

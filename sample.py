@@ -80,8 +80,14 @@ def load(cfg: SampleConfig) -> tuple[GPT, Tokenizer]:
     elif model.config.vocab_size >= 50257:  # nanoGPT's own checkpoints name a data set, not a tokenizer
         description = {"kind": "gpt2"}
     else:
-        description = read_meta(find_dataset(cfg.data_dir, saved["config"].get("dataset", "")))["tokenizer"]
-    tokenizer = from_description(description)
+        dataset = saved["config"].get("dataset")
+        if not isinstance(dataset, str) or not dataset:
+            raise ValueError(f"{path} has neither a tokenizer nor the name of its data set")
+        description = read_meta(find_dataset(cfg.data_dir, dataset))["tokenizer"]
+    try:
+        tokenizer = from_description(description)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{path}: its {model.config.vocab_size} tokens are not those of the tokenizer ({tokenizer.vocab_size})"

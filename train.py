@@ -10,13 +10,15 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 from types import FrameType
 
-from config import TrainConfig, one_line_errors, parse_command_line, resolve_device, resolve_dtype, restore
-from plan import plan
+from config import EVAL_BATCH, TrainConfig, one_line_errors, parse_command_line, resolve_device, resolve_dtype, restore
+from plan import learning_rate_concerns, micro_steps_of_each, padded_vocab_size, plan
 
 # Before torch is imported, so that --help and a misspelt setting are answered at once.
 SETTINGS = parse_command_line(TrainConfig, __doc__) if __name__ == "__main__" else None
@@ -28,20 +30,23 @@ if SETTINGS and SETTINGS[0].plan:
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
 import optim
 from data import Split, find_dataset, read_meta
 from model import GPT, GPTConfig
-from parallel import agree, try_compile
+from parallel import agree, average_gradients, is_sharded, join, shard, try_compile, whole
 from record import Log, describe_environment, peak_flops, utc_now
 from report import refresh_picture
+from tokenizer import Tokenizer, from_description
 
+RECENT = 50  # logged losses that a new one is compared with, to notice when it jumps
 STOPPED_EARLY = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL, "try again"
-EVAL_BATCH = 12  # windows for each of eval_iters: nanoGPT's batch_size, so that ours does not change what is measured
 # settings of a checkpoint's run that do not carry over to the run that resumes it
 NOT_RESTORED = {"init_from", "out_dir", "data_dir", "eval_only", "plan", "plan_device", "device", "compile", "backend"}
+NOT_RESTORED |= {"strategy", "allow_other_data"}
 
 
 @torch.no_grad()
@@ -60,7 +65,8 @@ def evaluate(
     for number, x, y in split.eval_batches(windows, rank, world_size):
         with autocast:
             loss = model(x.to(device), y.to(device))[1]  # a name for the logits, (B, T, V), would keep them alive
-        losses.append((number, loss, int((y >= 0).sum())))
+        if number < -(-len(windows) // len(x)):  # else it only keeps step with the others
+            losses.append((number, loss, int((y >= 0).sum())))
     model.train()
     sums = torch.zeros(len(windows), 2, dtype=torch.float64)  # by batch: loss in nats, tokens
     for number, loss, tokens in losses:
@@ -70,6 +76,25 @@ def evaluate(
         dist.all_reduce(sums)  # each row is zero but in one process, so adding loses nothing
     total, tokens = sums.cpu().sum(dim=0).tolist()
     return total / tokens
+
+
+def write_samples(model: GPT, tokenizer: Tokenizer, prompt: Tensor, seed: int) -> list[str]:
+    """Two continuations of the prompt (T), 100 tokens each: always the same for the same weights and seed."""
+    model.eval()
+    generators = [torch.Generator().manual_seed(seed + sample) for sample in range(2)]
+    idx = prompt.expand(len(generators), -1)  # (B, T)
+    new = model.generate(idx, 100, generators, vocab_size=tokenizer.vocab_size, temperature=0.8, top_k=200)
+    texts = [tokenizer.decode(ids) for ids in torch.cat([idx, *new], dim=1).tolist()]
+    model.train()
+    return texts
+
+
+def spike(losses: Sequence[float], loss: float) -> float | None:
+    """How many standard deviations `loss` lies above the mean of the last ones, if that is out of the ordinary."""
+    if len(losses) < RECENT // 2 or loss <= mean(losses):
+        return None
+    above = (loss - mean(losses)) / (stdev(losses) + 1e-12)
+    return above if above > 6 else None
 
 
 def catch_signals() -> list[str]:
@@ -87,7 +112,8 @@ def catch_signals() -> list[str]:
     return received
 
 
-def main(cfg: TrainConfig, origin: dict[str, str]) -> None:
+def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
+    """Train as the settings say; returns the exit code."""
     # -- processes and device: torchrun sets these variables, without it there is one process
     rank, local_rank, world_size = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     distributed, world_size = world_size > 0, max(1, world_size)
@@ -100,9 +126,8 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, where float32 is left
-    if distributed:
-        dist.init_process_group(("nccl" if device.type == "cuda" else "gloo") if cfg.backend == "auto" else cfg.backend)
-    host_group = dist.new_group(backend="gloo") if distributed else None  # for what need not pass through a GPU
+    backend = ("nccl" if device.type == "cuda" else "gloo") if cfg.backend == "auto" else cfg.backend
+    host_group = join(backend) if distributed else None
 
     # -- what to continue, if anything: the first process reads it, so the others need not see the file
     saved = None
@@ -123,23 +148,25 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> None:
                 log.say(f"{key}={value} as in the checkpoint, not {getattr(cfg, key)}")
         if saved["iter_num"] >= cfg.max_iters and not cfg.eval_only:
             log.say(f"nothing to do: {out_dir} is at iteration {saved['iter_num']} of max_iters={cfg.max_iters}")
-            return
+            return 0
     dtype = resolve_dtype(cfg.dtype, device)
-    if cfg.gradient_accumulation_steps % world_size:
-        raise ValueError(
-            f"gradient_accumulation_steps={cfg.gradient_accumulation_steps}: {world_size} processes share them, "
-            f"so give a multiple of {world_size}"
-        )
-    micro_steps = cfg.gradient_accumulation_steps // world_size
+    if cfg.strategy == "fsdp" and dtype == torch.float16:
+        raise ValueError("strategy=fsdp: trains in bfloat16 or float32, its gradients are not scaled for float16")
+    micro_steps = micro_steps_of_each(world_size, cfg.gradient_accumulation_steps)
     lr_decay_iters = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
-    if cfg.decay_lr and 0 < min(cfg.max_iters, lr_decay_iters) <= cfg.warmup_iters and not cfg.eval_only:
-        log.say(f"note: with warmup_iters={cfg.warmup_iters} the learning rate is still rising when the run ends")
+    for concern in [] if cfg.eval_only else learning_rate_concerns(cfg):
+        log.say(f"note: {concern}")
 
     # -- data
     folder = find_dataset(cfg.data_dir, cfg.dataset)
     meta = read_meta(folder)
-    if saved and saved.get("tokenizer", meta["tokenizer"]) != meta["tokenizer"]:
-        raise ValueError(f"{folder} was made with another tokenizer than the checkpoint in {out_dir} was trained with")
+    splits = {name: Split(folder, name, cfg.block_size, meta) for name in ("train", "val")}
+    fingerprint = {name: meta["splits"].get(name, {}).get("sha256", split.tokens) for name, split in splits.items()}
+    if saved and not cfg.allow_other_data:
+        for what, now in (("tokenizer", meta["tokenizer"]), ("data", fingerprint)):
+            if saved.get(what, now) != now:
+                trained = f"its {what} is not what the checkpoint in {out_dir} was trained with"
+                raise ValueError(f"{folder}: {trained}; --allow_other_data goes on all the same")
     if not saved and cfg.init_from not in ("scratch", "auto") and meta["tokenizer"]["kind"] != "gpt2":
         kind = meta["tokenizer"]["kind"]
         raise ValueError(f"init_from={cfg.init_from!r} reads GPT-2's tokens; {folder} has those of a {kind} tokenizer")
@@ -153,13 +180,10 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> None:
             log.say(f"block_size={model.config.block_size} as in the checkpoint, not {cfg.block_size}")
             cfg.block_size = model.config.block_size
     elif cfg.init_from in ("scratch", "auto"):
-        source, vocab_size = "the data", meta["vocab_size"]
-        if (
-            vocab_size > 1024
-        ):  # whole tiles for the tensor cores; ids past the tokenizer's are never targets nor sampled
-            vocab_size = 64 * math.ceil(vocab_size / 64)
+        source = "the data"
         args = {field.name: getattr(cfg, field.name) for field in fields(GPTConfig) if hasattr(cfg, field.name)}
-        model = GPT(GPTConfig(vocab_size=vocab_size, **args))
+        # ids past the tokenizer's, which are only padding, are never targets nor sampled
+        model = GPT(GPTConfig(vocab_size=padded_vocab_size(meta["vocab_size"]), **args))
     else:
         source = cfg.init_from
         model = GPT.from_pretrained(cfg.init_from, dropout=cfg.dropout)
@@ -173,11 +197,17 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> None:
     for key, value in asdict(model.config).items():  # what is recorded is the model that is trained
         if hasattr(cfg, key):
             setattr(cfg, key, value)
-    splits = {name: Split(folder, name, cfg.block_size, meta) for name in ("train", "val")}
+    if cfg.block_size != splits["val"].block_size:  # the checkpoint's is shorter
+        splits = {name: Split(folder, name, cfg.block_size, meta) for name in splits}
     # train loss is measured on as many windows as val loss, also where eval_iters=0 asks for the whole of val
     eval_windows = {"val": splits["val"].eval_windows(EVAL_BATCH * cfg.eval_iters)}
     eval_windows["train"] = splits["train"].eval_windows(len(eval_windows["val"]))
     model.to(device)
+    if cfg.activation_checkpointing:  # of each block keep only its input, and compute the rest again (arXiv:1604.06174)
+        for block in model.transformer.h:
+            block.forward = partial(recompute, block.forward, use_reentrant=False)
+    if cfg.strategy == "fsdp" and distributed:
+        shard(model, device)
     tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     log.say(
         f"{model.num_params() / 1e6:.2f}M parameters (position embeddings not counted) on {device} in {dtype}; "
@@ -191,12 +221,13 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> None:
     iter_num, best_val_loss, val_loss, elapsed, wandb_id = 0, math.inf, math.nan, 0.0, None
     evals_since_best, evaluated_iter = 0, -1
     bad = [0, 0, -1]  # of bad steps: how many in a row up to now, how many in all, the last one
+    recent_losses = []
     if saved:
         iter_num, best_val_loss = saved["iter_num"], saved["best_val_loss"]
         val_loss = saved.get("val_loss", best_val_loss)
         elapsed, wandb_id = saved["elapsed_seconds"], saved.get("wandb_id")
         evals_since_best, evaluated_iter = saved.get("evals_since_best", 0), saved.get("evaluated_iter", -1)
-        bad = saved.get("bad_steps", bad)
+        bad, recent_losses = saved.get("bad_steps", bad), saved.get("recent_losses", recent_losses)
         optim.load_state(optimizer, saved.get("optimizer", {}))
         if scaler.is_enabled() and saved.get("scaler"):
             scaler.load_state_dict(saved["scaler"])
@@ -212,15 +243,13 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> None:
 
     if cfg.eval_only:
         evaluate_all(model)
-        if distributed:
-            dist.destroy_process_group()
-        return
+        return 0
 
     def place(iter_num: int, micro_step: int, rank: int) -> int:
         """Where in the run's one order of sequences a process's batch_size of them begin."""
         return (iter_num * cfg.gradient_accumulation_steps + micro_step * world_size + rank) * cfg.batch_size
 
-    def batch(iter_num: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(iter_num: int, micro_step: int) -> tuple[Tensor, Tensor]:
         """x and y, (B, T) each, of this process."""
         x, y = splits["train"].batch(cfg.seed, place(iter_num, micro_step, rank), cfg.batch_size)
         if device.type == "cuda":  # pinned memory is copied while the GPU computes
@@ -230,6 +259,10 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> None:
     x, y = batch(iter_num, 0)
     bare = model  # what is saved: no wrapper of torch.compile or DDP around it
     compiled, model = try_compile(bare, cfg.compile, device, (x, y), autocast, log)
+
+    if cfg.sample_interval:
+        tokenizer = from_description(meta["tokenizer"])
+        prompt = splits["val"].batch(cfg.seed, 0, 1)[0][0, : min(16, cfg.block_size)].to(device)
 
     # -- the record of the run
     if rank == 0:
@@ -256,11 +289,10 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> None:
 
     def save(best: bool) -> None:
         """All that this run needs to go on from iter_num. A disk that is full now may not be later."""
+        state = whole({"model": bare.state_dict(), "optimizer": optimizer.state_dict()}, main=rank == 0)
         if rank != 0:
             return
-        state = {
-            "model": bare.state_dict(),
-            "optimizer": optimizer.state_dict(),
+        state |= {
             "scaler": scaler.state_dict(),
             "model_args": asdict(bare.config),
             "iter_num": iter_num,
@@ -269,8 +301,10 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> None:
             "evals_since_best": evals_since_best,
             "evaluated_iter": evaluated_iter,
             "bad_steps": bad.tolist(),
+            "recent_losses": recent_losses,
             "config": asdict(cfg),
             "tokenizer": meta["tokenizer"],
+            "data": fingerprint,
             "elapsed_seconds": elapsed,
             "wandb_id": wandb_id,
         }
@@ -290,11 +324,12 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> None:
         last = iter_num >= cfg.max_iters
         evaluating = iter_num % cfg.eval_interval == 0 or last
         saving = bool(cfg.save_interval) and iter_num % cfg.save_interval == 0 and iter_num > resumed_iter
+        sampling = bool(cfg.sample_interval) and (iter_num % cfg.sample_interval == 0 or last)
         too_long = cfg.max_minutes is not None and time.monotonic() - began > 60 * cfg.max_minutes
         stopping = not last and agree(bool(signals) or too_long, host_group)
 
-        # once in a while: evaluate, save
-        if evaluating or saving or stopping:
+        # once in a while: evaluate, save, write samples
+        if evaluating or saving or sampling or stopping:
             if device.type != "cpu":
                 torch.accelerator.synchronize()
             elapsed += time.perf_counter() - started
@@ -315,9 +350,15 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> None:
             saving = saving or improved or last or cfg.always_save_checkpoint
         if saving or stopping:
             save(best=improved)
+        if sampling and not stopping:
+            weights = whole(bare.state_dict(), main=rank == 0)
+            if rank == 0:
+                model_now = GPT.from_weights(bare.config, weights).to(device)
+                measured["samples"] = write_samples(model_now, tokenizer, prompt, cfg.seed)
+                log.samples(iter_num, measured["samples"])
         if last or stopping:
             break
-        if evaluating or saving:
+        if evaluating or saving or sampling:
             started = time.perf_counter()
 
         # one step: every random draw in it follows from (seed, iteration, rank), so a resumed run repeats it exactly
@@ -330,34 +371,31 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> None:
         loss_sum = torch.zeros((), device=device)
         for micro_step in range(micro_steps):
             final = micro_step == micro_steps - 1
-            # gradients are averaged over the processes once a step, in the last backward pass
-            with model.no_sync() if distributed and not final else nullcontext():
-                with autocast:
-                    loss = model(x, y)[1] / micro_steps  # no name for the logits: the backward pass can free them
-                loss_sum += loss.detach()
-                scaler.scale(loss).backward()
+            average_gradients(model, now=final)
+            with autocast:
+                loss = model(x, y)[1] / micro_steps  # no name for the logits: the backward pass can free them
+            loss_sum += loss.detach()
+            scaler.scale(loss).backward()
             x, y = batch(iter_num + final, 0 if final else micro_step + 1)  # while a GPU is still at work
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(bare.parameters(), cfg.grad_clip or math.inf)
+        grad_norm = grad_norm.full_tensor() if is_sharded(grad_norm) else grad_norm
+        own_loss = loss_sum.clone()  # of this process alone
+        if distributed:
+            dist.all_reduce(loss_sum)
         # A gradient that is no number must not reach the weights: with found_inf the optimizer leaves them alone, and
         # nobody waits for the GPU to find out. (In fp16 overflows are the scaler's business, and only the loss tells.)
-        is_bad = ~grad_norm.isfinite()
-        if scaler.is_enabled():
-            if distributed:
-                dist.all_reduce(total_loss := loss_sum.clone())
-            is_bad = ~(total_loss if distributed else loss_sum).isfinite()
-        else:
+        is_bad = ~(loss_sum if scaler.is_enabled() else grad_norm).isfinite()
+        if not scaler.is_enabled():
             optimizer.grad_scale, optimizer.found_inf = None, is_bad.float()
         bad = torch.stack(((bad[0] + 1) * is_bad, bad[1] + is_bad, torch.where(is_bad, iter_num, bad[2])))
-        bad_loss = torch.where(is_bad, loss_sum, bad_loss)  # of this process alone
+        bad_loss = torch.where(is_bad, own_loss, bad_loss)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
         # once in a while: log
         if iter_num % cfg.log_interval == 0:
-            if distributed:
-                dist.all_reduce(loss_sum)
             train_loss = loss_sum.item() / world_size  # waits for the device, so the clock is read after it
             now = time.perf_counter()
             elapsed, started = elapsed + now - started, now
@@ -370,19 +408,22 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> None:
             in_a_row, in_all, bad_iter = bad.tolist()
             if in_all > reported:
                 reported = step["bad_steps"] = in_all
-                losses = [bad_loss.item()]
+                culprits = {"rank": rank, "loss": str(bad_loss.item())}
+                culprits["sequences"] = [place(bad_iter, micro_step, rank) for micro_step in range(micro_steps)]
+                ranks = [culprits]
                 if distributed:
-                    dist.all_gather_object(losses := [None] * world_size, bad_loss.item(), group=host_group)
-                culprits = [
-                    {"rank": r, "loss": str(loss), "sequences": [place(bad_iter, m, r) for m in range(micro_steps)]}
-                    for r, loss in enumerate(losses)
-                ]
-                log.bad_batch(out_dir, {"iter": bad_iter, "batch_size": cfg.batch_size, "ranks": culprits}, in_all)
+                    dist.all_gather_object(ranks := [None] * world_size, culprits, group=host_group)
+                log.bad_batch(out_dir, {"iter": bad_iter, "batch_size": cfg.batch_size, "ranks": ranks}, in_all)
                 if in_a_row >= cfg.max_bad_steps:
                     raise ValueError(
                         f"{in_a_row} steps in a row without a finite loss and gradient, up to iteration {bad_iter}: "
                         f"see {out_dir / 'bad_batch.json'}; {out_dir} keeps what was saved before"
                     )
+            if above := spike(recent_losses, train_loss):
+                step["loss_spike"] = above
+                log.say(f"iter {iter_num}: loss spike, {train_loss:.4f} is {above:.1f} deviations above the last ones")
+            if math.isfinite(train_loss):
+                recent_losses = [*recent_losses, train_loss][-RECENT:]
             log.iteration(step, seconds, val_loss)
             record(measured | step, elapsed - seconds)
         elif measured:
@@ -405,12 +446,13 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> None:
     if drawing and (out_dir / "metrics.jsonl").stat().st_size:
         refresh_picture(out_dir, log.say)
     log.close()
-    if distributed:
-        dist.destroy_process_group()
-    if stopping:
-        sys.exit(STOPPED_EARLY)
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))  # torchrun would take any other code for a failure
+    return STOPPED_EARLY if stopping and not restarts else 0
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(*SETTINGS)
+        code = main(*SETTINGS)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    sys.exit(code)

@@ -27,6 +27,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+from overlap import shared_stretches
+
 from config import ROOT
 from tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, utf8
 
@@ -36,6 +38,7 @@ Encoded = dict[str, tuple[np.ndarray, int]]  # split -> its next token ids, and 
 
 SPLITS = ("train", "val")
 FEW_DOCUMENTS = 100  # fewer are too few to give whole ones away
+WORKERS = 16  # at most: the one thread that reads and writes has work for about 12, and each of them needs 11 MB
 CHUNK = 100_000  # characters encoded at once; measured with tiktoken on 2 cores: 30,000 and 1,000,000 are slower
 
 # Byte-pair encoding works inside words, and in GPT-2's pattern for words whitespace is only ever at the start of one or
@@ -83,7 +86,8 @@ def write_dataset(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix="unfinished-", dir=folder) as unfinished:
-            encoded = encode_all(batches(parts, end, separate), tokenizer, dtype, workers or os.cpu_count() or 1)
+            workers = workers or min(os.cpu_count() or 1, WORKERS)
+            encoded = encode_all(batches(parts, end, separate), tokenizer, dtype, workers)
             splits = write_splits(Path(unfinished), with_progress(encoded, total_bytes))
             for split, counts in splits.items():
                 if not counts["tokens"]:
@@ -110,7 +114,19 @@ def write_dataset(
     for split, counts in splits.items():
         print(f"{folder / split}.bin: {counts['tokens']:,} tokens from {counts['bytes']:,} bytes of text")
     print(f"{folder / 'meta.json'}: {meta['tokenizer']['kind']} tokenizer, vocabulary of {tokenizer.vocab_size:,}")
+    if len(first) < FEW_DOCUMENTS:  # where whole documents are chosen, none is in both splits
+        warn_of_overlap(folder, dtype, 256 if end is ANYWHERE else 64, meta["end_of_text"])
     return meta
+
+
+def warn_of_overlap(folder: Path, dtype: np.dtype, length: int, end_of_text: int | None) -> None:
+    shared, total = shared_stretches(folder, dtype, length, end_of_text)
+    if shared > total / 100:  # less is a licence or a refrain
+        print(
+            f"warning: {shared} of {total} stretches of the validation split ({shared / total:.1%}), {length} tokens "
+            "each, are also in the training split",
+            file=sys.stderr,
+        )
 
 
 def say_next(config_file: str, folder: Path, origin: dict[str, str]) -> None:

@@ -6,8 +6,7 @@ import os
 import re
 import subprocess
 import sys
-import time
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -217,6 +216,10 @@ print("grown", resident("VmHWM") - before)
             "--vocab=65 --n_layer=3 --n_head=4 --n_embd=128 --block_size=1024 --batch_size=2 --attention=explicit",
         ),
         (
+            "loss, backward",
+            "--vocab=65 --n_layer=9 --n_head=6 --n_embd=384 --block_size=256 --batch_size=8 --activation_checkpointing",
+        ),
+        (
             "end of backward",
             "--vocab=65 --n_layer=4 --n_head=8 --n_embd=512 --block_size=32 --batch_size=2",
         ),
@@ -250,10 +253,22 @@ def test_the_peak_is_within_15_percent_of_a_training_process(tmp_path, moment, a
     cfg = settings(*common, *arguments)
     config = room.model_config(cfg, room.padded_vocab_size(vocab))
     width = 4 if cfg.dtype == "auto" else 2
-    moments = room.memory(config, cfg.batch_size, width, False, 12, micro_steps=1, processes=1)
+    recomputed = cfg.activation_checkpointing
+    moments = room.memory(config, cfg.batch_size, width, False, 12, 1, processes=1, recomputed=recomputed)
     totals = {name: sum(parts.values()) for name, parts in moments.items()}
     assert max(totals, key=totals.get) == moment
     assert totals[moment] == pytest.approx(grown, rel=0.15)
+
+
+def test_sharding_divides_the_state_and_ddp_does_not():
+    cfg = settings("--dataset=nothing", "--gradient_accumulation_steps=8")
+    alone, ddp, fsdp = (
+        lines(plan(replace(cfg, strategy=strategy), processes, "h100"))["blocks, backward"].split()
+        for strategy, processes in (("ddp", 1), ("ddp", 8), ("fsdp", 8))
+    )
+    for column in (0, 1):  # weights, AdamW
+        megabytes = [float(row[column].replace(",", "")) for row in (alone, ddp, fsdp)]
+        assert megabytes[0] == megabytes[1] == pytest.approx(8 * megabytes[2], abs=0.8)
 
 
 def test_the_checkpoint_is_as_large_as_planned(train, tmp_path, data_dir):
@@ -313,12 +328,6 @@ def test_devices_are_named_in_any_case_and_each_has_its_memory():
         assert f" in {dtype};" in plan(settings("--dataset=nothing"), 1, device)
 
 
-def test_constants_are_those_of_the_rooms_they_are_from():
-    import train
-
-    assert (room.EVAL_TOKENS, room.EVAL_BATCH) == (data.EVAL_TOKENS, train.EVAL_BATCH)
-
-
 WARNINGS = {
     "a step": ["--gradient_accumulation_steps=8"],
     "lr_decay_iters": ["--lr_decay_iters=4000"],
@@ -368,12 +377,10 @@ from plan import plan
 print(plan(parse(TrainConfig, sys.argv[1:])[0], 8, "h100"))
 assert "torch" not in sys.modules
 """
-    started = time.perf_counter()
     result = subprocess.run(
         [sys.executable, "-c", program, "--n_layer=48", "--n_head=25", "--n_embd=1600", "--bias=True"],
         **{"cwd": tmp_path, "capture_output": True, "text": True, "env": os.environ | {"PYTHONPATH": str(ROOT)}},
     )
     assert result.returncode == 0, result.stderr
-    assert time.perf_counter() - started < 2
     assert lines(result.stdout)["parameters"].startswith("1,557,686,400: ")
     assert list(tmp_path.iterdir()) == []

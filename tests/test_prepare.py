@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import os
+import re
 import resource
 import runpy
 import signal
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import overlap
 import pytest
 import shakespeare_char
 import writer
@@ -152,6 +154,80 @@ def test_a_large_vocabulary_is_written_in_four_bytes(tmp_path):
     meta, ids = read(tmp_path / "set")
     assert meta["dtype"] == "uint32"
     assert np.concatenate([ids["train"], ids["val"]]).tolist() == list(range(70_000))
+
+
+# -- what is in both splits --
+
+
+def book(seed: int, n_words: int) -> str:
+    """Words that nobody wrote in this order before: in 256 characters or 64 tokens no two books agree."""
+    return " ".join(np.random.default_rng(seed).choice([*"abcdefghij", "the", "dog", "fox's", "élan"], n_words))
+
+
+def warned(capfd) -> tuple[int, int, str] | None:
+    """(stretches in both, stretches, share) of the warning, if there is one and nothing else."""
+    err = capfd.readouterr().err
+    found = re.fullmatch(
+        r"warning: (\d+) of (\d+) stretches of the validation split \((.*)\), (?:64|256) tokens each, "
+        r"are also in the training split\n",
+        err,
+    )
+    assert found or not err
+    return found and (int(found[1]), int(found[2]), found[3])
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "gpt2"])
+def test_a_text_that_comes_again_at_its_end_is_warned_of(tmp_path, gpt2, capfd, kind):
+    copied, fresh = book(1, 900), book(2, 2100)
+    text = f"{book(0, 5000)} {copied} {book(3, 22_000)} {copied} {fresh}"
+    tokenizer = {"char": CharTokenizer("".join(sorted(set(text)))), "byte": ByteTokenizer(), "gpt2": gpt2}[kind]
+    write_dataset(tmp_path / "set", [[text]], tokenizer, "a test", len(f"{copied} {fresh}") / len(text))
+    shared, total, share = warned(capfd)
+    assert 200 < total <= 1000 and share == f"{shared / total:.1%}"
+    assert 0.2 < shared / total < 0.35  # 900 words of 3,000, less what lies across the end of the copy
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+@pytest.mark.parametrize("block", [1, 50, 1003])
+@pytest.mark.parametrize("place", range(3000, 3009))
+def test_a_copy_is_found_at_every_place(tmp_path, monkeypatch, dtype, block, place):
+    monkeypatch.setattr(overlap, "BLOCK", block)
+    train, val = np.random.default_rng(0).integers(0, 2**16, (2, 5000)).astype(dtype)
+    val[1000:1071] = train[place : place + 71]  # 64, and the 7 that the start of the stretch may be off
+    val[2000:2063] = train[:63]
+    train.tofile(tmp_path / "train.bin")
+    val.tofile(tmp_path / "val.bin")
+    shared, total = overlap.shared_stretches(tmp_path, np.dtype(dtype), 64, None)
+    assert (shared, total) == (1, (5000 - 71) // 8 + 1)
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "gpt2"])
+def test_text_that_is_new_is_not_warned_of(tmp_path, gpt2, capfd, kind):
+    text = book(0, 30_000)
+    tokenizer = {"char": CharTokenizer("".join(sorted(set(text)))), "byte": ByteTokenizer(), "gpt2": gpt2}[kind]
+    write_dataset(tmp_path / "set", [[text]], tokenizer, "a test")
+    assert warned(capfd) is None
+    write_dataset(tmp_path / "short", [["the dog"]], tokenizer, "a test")
+    assert warned(capfd) is None
+
+
+def test_copies_among_few_documents_are_warned_of_where_they_lie_across_the_cut(tmp_path, capfd):
+    books = [book(seed, 4000) for seed in range(8)]
+    write_dataset(tmp_path / "same", [[text] for text in books + books], ByteTokenizer(), "a test")
+    assert warned(capfd) is None  # the same text at the same place: its end is in val twice, and in train never
+    longer = [books[0] + book(9, 1000)]
+    write_dataset(tmp_path / "longer", [[text] for text in books + longer], ByteTokenizer(), "a test")
+    shared, total, _ = warned(capfd)
+    assert 0.05 < shared / total < 0.15  # one of nine ends
+
+
+def test_copies_among_many_documents_are_never_in_both(tmp_path, capfd):
+    texts = [book(seed % 100, 200) for seed in range(300)]
+    write_dataset(tmp_path / "set", [[text] for text in texts], ByteTokenizer(), "a test")
+    assert warned(capfd) is None
+    ids = read(tmp_path / "set")[1]
+    train, val = ({*bytes(np.where(part < 256, part, 0).astype(np.uint8)).split(b"\0")} for part in ids.values())
+    assert train & val == {b""} and len(train) + len(val) == 102
 
 
 # -- all or nothing --

@@ -1,6 +1,7 @@
 """train.py as a whole: the losses it reaches, what it leaves behind, how it goes on."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from model import GPT, GPTConfig
 from record import peak_flops
 from tests.conftest import ROOT, TINY
 from tests.test_checkpoint import nanogpt_checkpoint
+from tokenizer import from_description
 
 
 def metrics(out_dir: Path) -> list[dict]:
@@ -172,53 +174,6 @@ def test_validation_loss_over_the_whole_split_is_the_mean_over_its_tokens(train,
     assert record["val_bpb"] == pytest.approx(expected / math.log(2) * stated["tokens"] / stated["bytes"], abs=1e-5)
 
 
-def torchrun(cwd: Path, processes: int, *arguments: object) -> subprocess.CompletedProcess:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*launch, ROOT / "train.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
-
-
-def test_two_processes_are_one_on_the_same_global_batch(train, tmp_path, data_dir):
-    run = [f"--data_dir={data_dir}", *TINY, "--gradient_accumulation_steps=4", "--max_iters=20", "--eval_interval=5"]
-    result = torchrun(tmp_path, 2, *run, "--out_dir=two")
-    assert result.returncode == 0, result.stderr
-    assert train(*run, "--out_dir=one").code == 0
-    one, two = tmp_path / "one", tmp_path / "two"
-    losses = column(two, "train_loss")
-    assert len(losses) == 20
-    assert all(losses[i] == pytest.approx(loss, abs=1e-5) for i, loss in column(one, "train_loss").items())
-    # the same weights have, to the bit, the same validation loss in two processes as in one
-    (tmp_path / "out").mkdir()
-    shutil.copy(two / "ckpt.pt", tmp_path / "out")
-    evaluate = [f"--data_dir={data_dir}", "--init_from=resume", "--eval_only", "--device=cpu", "--eval_iters=0"]
-    alone = train(*evaluate, "--gradient_accumulation_steps=4").out.splitlines()[-1]
-    together = torchrun(tmp_path, 2, *evaluate, "--batch_size=3").stdout.splitlines()[-1]
-    assert alone == together and alone.startswith("step 20: train loss ")
-
-
-def test_only_the_first_process_needs_the_checkpoint_and_errors_end_all(tmp_path, data_dir, train):
-    """nanoGPT's other processes read the file too, so that several machines need one disk."""
-    train("--max_iters=2", "--gradient_accumulation_steps=2")
-    (tmp_path / "elsewhere").mkdir()
-    program = tmp_path / "launch.py"
-    program.write_text(
-        "import os, runpy, sys\n"
-        "if os.environ['RANK'] == '1': os.chdir('elsewhere')\n"
-        f"sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = {str(ROOT / 'train.py')!r}\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program]
-    arguments = [f"--data_dir={data_dir}", "--init_from=resume", "--device=cpu", "--max_iters=4", "--eval_iters=1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*launch, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 4
-    failed = torchrun(tmp_path, 2, *arguments, "--gradient_accumulation_steps=3", "--max_iters=6")
-    assert failed.returncode != 0
-    assert "gradient_accumulation_steps=3: 2 processes share them, so give a multiple of 2" in failed.stderr
-
-
 # -- what a run leaves -------------------------------------------------------------------------------------------------
 
 
@@ -313,7 +268,15 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(train, tmp_path):
 # -- going on ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [[], ["--dropout=0.3", "--gradient_accumulation_steps=3"], ["--dtype=float16"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--dropout=0.3", "--gradient_accumulation_steps=3"],
+        ["--dtype=float16"],
+        ["--activation_checkpointing", "--dropout=0.3"],
+    ],
+)
 def test_stopping_and_resuming_is_the_same_run(train, command, data_dir, tmp_path, options):
     train("--max_iters=10", "--lr_decay_iters=10", "--eval_interval=3", "--out_dir=straight", *options)
     train("--max_iters=5", "--lr_decay_iters=10", "--eval_interval=3", "--out_dir=halves", *options)
@@ -337,6 +300,58 @@ def test_going_on_longer_keeps_what_was_measured_at_the_first_end(train, tmp_pat
     train("--init_from=resume", "--max_iters=7", "--eval_interval=4")
     assert list(column(tmp_path / "out", "val_loss")) == [0, 4, 5, 7]
     assert list(column(tmp_path / "out", "train_loss")) == list(range(7))
+
+
+def test_activation_checkpointing_changes_nothing(train, tmp_path):
+    for name, option in (("kept", False), ("again", True)):
+        train("--max_iters=5", "--dropout=0.2", f"--activation_checkpointing={option}", f"--out_dir={name}")
+    assert_same_weights(tmp_path / "kept" / "ckpt.pt", tmp_path / "again" / "ckpt.pt")
+
+
+def test_samples_while_training_are_the_sampling_functions_and_change_nothing(train, tmp_path, data_dir):
+    result = train("--max_iters=6", "--dropout=0.2", "--sample_interval=3", "--out_dir=samples")
+    train("--max_iters=6", "--dropout=0.2", "--out_dir=none")
+    assert_same_weights(tmp_path / "samples" / "ckpt.pt", tmp_path / "none" / "ckpt.pt")
+    samples = column(tmp_path / "samples", "samples")
+    assert list(samples) == [0, 3, 6]
+    saved = checkpoint.load(tmp_path / "samples" / "ckpt.pt")
+    model, tokenizer = checkpoint.build_model(saved, tmp_path).eval(), from_description(saved["tokenizer"])
+    for number, text in enumerate(samples[6]):
+        prompt = Split(data_dir / "tiny", "val", 16, read_meta(data_dir / "tiny")).batch(1337, 0, 1)[0]
+        generators = [torch.Generator().manual_seed(1337 + number)]
+        new = torch.cat(
+            list(model.generate(prompt, 100, generators, vocab_size=tokenizer.vocab_size, temperature=0.8)), dim=1
+        )
+        assert text == tokenizer.decode(prompt[0].tolist() + new[0].tolist())
+        assert f"-- iter 6, sample {number} --\n{text}" in result.out
+
+
+def test_a_jump_of_the_loss_is_noted(train, tmp_path, monkeypatch):
+    forward, calls = GPT.forward, iter(range(10**9))
+
+    def jumping(self, *args, **kwargs):
+        logits, loss = forward(self, *args, **kwargs)
+        return logits, loss * (3 if self.training and next(calls) == 60 else 1)
+
+    monkeypatch.setattr(GPT, "forward", jumping)
+    result = train("--max_iters=70", "--log_interval=1", "--learning_rate=1e-4")
+    spikes = column(tmp_path / "out", "loss_spike")
+    assert list(spikes) == [60]
+    losses = column(tmp_path / "out", "train_loss")
+    before = [losses[i] for i in range(10, 60)]
+    assert spikes[60] == pytest.approx((losses[60] - np.mean(before)) / np.std(before, ddof=1), rel=1e-6)
+    assert "iter 60: loss spike" in result.out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
+def test_a_compiled_run_resumes_to_the_bit(train, tmp_path):
+    run = ["--compile=True", "--dropout=0.2", "--lr_decay_iters=6", "--eval_interval=2"]
+    train("--max_iters=6", "--out_dir=straight", *run)
+    for max_iters in (4, 6):  # evaluated at 4 in both
+        assert train("--init_from=auto", f"--max_iters={max_iters}", "--out_dir=halves", *run).code == 0
+    assert_same_weights(tmp_path / "straight" / "ckpt.pt", tmp_path / "halves" / "ckpt.pt")
+    assert column(tmp_path / "straight", "train_loss") == column(tmp_path / "halves", "train_loss")
 
 
 def test_a_run_in_float32_goes_on_in_float16_and_a_half_precision_run_stays_one(train, command, data_dir, tmp_path):
@@ -749,4 +764,19 @@ def test_a_data_set_of_another_tokenizer_is_refused(train, tmp_path, data_dir):
     meta["tokenizer"]["chars"] = meta["tokenizer"]["chars"][::-1]
     path.write_text(json.dumps(meta), encoding="utf-8")
     result = train("--init_from=resume", "--data_dir=data", "--max_iters=2")
-    assert result.code == 2 and "was made with another tokenizer" in result.err
+    assert result.code == 2 and "its tokenizer is not what the checkpoint in out was trained with" in result.err
+
+
+def test_other_data_than_the_checkpoints_is_refused_unless_told(train, tmp_path, data_dir):
+    train("--max_iters=1")
+    shutil.copytree(data_dir / "tiny", tmp_path / "data" / "tiny")
+    path = tmp_path / "data" / "tiny" / "meta.json"
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    ids = np.fromfile(path.parent / "train.bin", dtype="<u2")[::-1].copy()
+    ids.tofile(path.parent / "train.bin")
+    meta["splits"]["train"]["sha256"] = hashlib.sha256(ids).hexdigest()
+    path.write_text(json.dumps(meta), encoding="utf-8")
+    result = train("--init_from=resume", "--data_dir=data", "--max_iters=2")
+    assert result.code == 2 and "its data is not what the checkpoint in out was trained with" in result.err
+    result = train("--init_from=resume", "--data_dir=data", "--max_iters=2", "--allow_other_data")
+    assert result.code == 0, result.err

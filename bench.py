@@ -1,0 +1,515 @@
+"""The same work here and in a peer, nanoGPT or Hugging Face's transformers, side by side:
+
+python bench.py train generate --peer=../nanoGPT --size=small --json=bench.json
+
+Each side runs in processes of its own, in turn (A B A B ...), on the same shapes, data and threads; beside it stands
+what this machine can do at best. The peer is a checkout of yours, run as it is, and nothing is written into it. This
+process never imports torch: on Linux, the peak memory of a process it starts would not read lower than its own.
+"""
+
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import pickle
+import platform
+import random
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import statistics
+import string
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import config
+from config import ROOT, TrainConfig, resolve_device
+from plan import flops_per_token, model_config, padded_vocab_size, parameters
+from record import cpu_name, git, peak_flops, write_whole
+from report import print_table
+
+CHARS = string.printable[:65]  # as many as tiny Shakespeare has
+WARM_UP = 5  # iterations of training that are not counted
+PROMPT, NEW = 64, 128  # tokens
+DOCUMENT = 5000  # characters, about the mean of OpenWebText's documents
+SHAPES = {
+    "baby": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12},
+    "small": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 8},
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 256, "batch_size": 2},
+}
+STEPS = {"baby": 200, "small": 30, "gpt2": 10}
+# the recipe for a laptop in nanoGPT's README
+PEER_LOSS = "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1"
+PEER_LOSS += " --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000"
+PEER_LOSS += " --lr_decay_iters=2000 --dropout=0.0"
+
+
+@dataclass(kw_only=True)
+class Bench:
+    POSITIONAL: ClassVar[str] = "tasks"
+    tasks: Annotated[tuple[str, ...], "train | generate | prepare | loss, one or more"] = ()
+    peer: Annotated[str | None, "folder of a nanoGPT checkout, or hf: transformers, which generates; None: alone"] = (
+        None
+    )
+    size: Annotated[Literal["baby", "small", "gpt2"], "the model of train and generate"] = "baby"
+    repeats: Annotated[int, "how many times each side runs"] = 3
+    steps: Annotated[int | None, "iterations that train times in each run; None: some seconds' worth"] = None
+    device: Annotated[str, "for train and generate: auto | cpu | cuda | mps"] = "auto"
+    threads: Annotated[int | None, "of both sides (OMP_NUM_THREADS); None: PyTorch's choice"] = None
+    dtype: Annotated[Literal["float32", "bfloat16"], "of the weights of both sides in generate"] = "float32"
+    flags: Annotated[str, "more settings for our train.py in train and loss: '--compile --dtype=bfloat16'"] = ""
+    peer_flags: Annotated[str, "more settings for the peer's train.py"] = ""
+    config: Annotated[str, "what loss runs on our side"] = "configs/train_shakespeare_char_cpu.py"
+    input: Annotated[str | None, "loss: the text, None downloads tiny Shakespeare; prepare: file or folder"] = None
+    megabytes: Annotated[int, "text for prepare: Python's own sources, or the input, over and over"] = 200
+    json: Annotated[str | None, "also write the results to this file"] = None
+
+    def __post_init__(self):
+        if not self.tasks or not set(self.tasks) <= set(TASKS):
+            unknown = f"task {next(t for t in self.tasks if t not in TASKS)!r}" if self.tasks else "which task?"
+            raise ValueError(f"{unknown}: expected {' | '.join(TASKS)}")
+        config.at_least(self, 1, "repeats", "steps", "threads", "megabytes")
+        if self.peer == "hf" and set(self.tasks) != {"generate"}:
+            raise ValueError("peer='hf' is for generate alone; the others need a nanoGPT checkout")
+        if self.peer not in (None, "hf"):
+            self.peer = str(Path(self.peer).resolve())
+            if not all((Path(self.peer) / name).is_file() for name in ("train.py", "model.py")):
+                raise ValueError(f"peer={self.peer!r}: not a checkout of nanoGPT, it has no train.py and model.py")
+        if self.json and not Path(self.json).resolve().parent.is_dir():
+            raise ValueError(f"json={self.json!r}: no such folder")
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Measured:
+    """What one process did; `value` is what a row compares, `found` what a function of this file returned in it."""
+
+    output: str
+    seconds: float  # of the whole process
+    rss_mb: float  # at its peak
+    value: float = math.nan
+    found: dict[str, Any] | None = None
+
+
+def run(name: str, command: list[Any], cwd: Any, whole_tree: bool = False, **environment: str) -> Measured:
+    """Run a command to its end. ValueError with the last line of its stderr where it fails.
+
+    Peak memory is the process's own; with `whole_tree`, where there is a /proc, that of all it starts as well.
+    """
+    # without the first, the peer's checkout would get a __pycache__
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"} | environment
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        started = time.perf_counter()
+        child = subprocess.Popen(list(map(str, command)), cwd=cwd, stdout=out, stderr=err, env=environment)
+        ended, samples = threading.Event(), [0]
+        try:
+            if whole_tree:
+                threading.Thread(target=sample_memory, args=(child.pid, ended, samples), daemon=True).start()
+            _, status, usage = os.wait4(child.pid, 0)
+            seconds, child.returncode = time.perf_counter() - started, os.waitstatus_to_exitcode(status)
+        finally:
+            ended.set()
+            if child.returncode is None:  # Ctrl-C
+                child.kill()
+                child.wait()
+        out.seek(0)
+        err.seek(0)
+        output, said = (file.read().decode("utf-8", errors="replace") for file in (out, err))
+    if child.returncode:
+        raise ValueError(f"{name} failed: {(said.strip() or f'exit code {child.returncode}').splitlines()[-1]}")
+    own = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Measured(output, seconds, (max(samples) or own) / 1e6)
+
+
+def sample_memory(pid: int, ended: threading.Event, samples: list[int]) -> None:
+    """Every quarter of a second: what a process and its descendants hold, a shared page counted once (PSS)."""
+    while not ended.wait(0.25):
+        total, family = 0, [pid]
+        for member in family:  # grows on the way
+            with suppress(OSError):  # it has ended, or there is no /proc
+                for task in Path(f"/proc/{member}/task").iterdir():
+                    family += map(int, (task / "children").read_text(encoding="utf-8").split())
+                pss = re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{member}/smaps_rollup").read_text(), re.MULTILINE)
+                total += 1024 * int(pss[1])
+        samples.append(total)
+
+
+def call(name: str, function: Callable[..., dict], cwd: Path, whole_tree: bool = False, **arguments: Any) -> Measured:
+    """Run a function of this file in a process of its own: its dict is `found`, and "value" in it the value."""
+    code = "import sys, json; sys.path.insert(0, sys.argv[1]); import bench; function = getattr(bench, sys.argv[2]); "
+    code += "print(json.dumps(function(**json.loads(sys.argv[3]))))"
+    command = [sys.executable, "-c", code, ROOT, function.__name__, json.dumps(arguments)]
+    measured = run(name, command, cwd, whole_tree)
+    found = json.loads(measured.output.splitlines()[-1])
+    return replace(measured, found=found, value=found.get("value", math.nan))
+
+
+def in_turn(cfg: Bench, name: str, *sides: Callable[[int], Measured] | None) -> list[list[Measured]]:
+    """Run the sides A B A B ..., and say what came of it; a side that is None has no results."""
+    results = [[] for _ in sides]
+    for repeat in range(cfg.repeats):
+        for side, measured in zip(sides, results, strict=True):
+            measured += [side(repeat)] if side else []
+        values = ", ".join(f"{measured[-1].value:,.4g}" if measured else "-" for measured in results)
+        print(f"{name}, {repeat + 1} of {cfg.repeats}: {values}", file=sys.stderr, flush=True)
+    return results
+
+
+def row(what: tuple[str, str, str, str], ours: list[Measured], peer: list[Measured], **known: Any) -> dict[str, Any]:
+    """A result: medians, their ratio, above 1 where ours is better, and what else is `known`: limit, share, ratio.
+
+    `what`: task, size, device, unit. `share`: from a value to the part of `limit` that it is; `peer_share`: the peer's.
+    """
+    a, b = (statistics.median(m.value for m in side) if side else None for side in (ours, peer))
+    share = known.get("share", lambda value: None)
+    peer_share = known.get("peer_share", share)
+    if peer:
+        known["ratio"] = a / b if what[3] == "tokens/s" else b / a  # all other units are costs
+    result = dict(zip(("task", "size", "device", "unit"), what, strict=True)) | {"ours": a, "peer": b}
+    result |= {"ratio": known.get("ratio"), "limit": known.get("limit"), "share_of_limit": share(a)}
+    result |= {"peer_share_of_limit": peer_share(b) if peer else None, "peak_rss_mb": max(m.rss_mb for m in ours)}
+    result |= {"peer_peak_rss_mb": max((m.rss_mb for m in peer), default=None)}
+    return result | {"ours_runs": [m.value for m in ours], "peer_runs": [m.value for m in peer]}
+
+
+# -- what the machine can do -------------------------------------------------------------------------------------------
+
+
+def limits(device: str) -> dict[str, Any]:
+    """This machine's fastest matrix product, in FLOP/s by dtype, and its fastest read of memory, in bytes/s."""
+    import torch
+
+    def fastest(work: Callable[[], Any]) -> float:
+        best = math.inf
+        for _ in range(10):
+            started = time.perf_counter()
+            work()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
+            best = min(best, time.perf_counter() - started)
+        return best
+
+    device = resolve_device(device)
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # as train.py has it
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    found = {"device": device.type, "name": name, "threads": torch.get_num_threads()}
+    n = 2048 if device.type == "cpu" else 8192
+    for dtype in ("float32", "bfloat16"):
+        a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
+        found[dtype] = 2 * n**3 / fastest(lambda a=a, b=b: a @ b)
+    x, v = torch.ones(2**13, 2**14, device=device), torch.ones(2**14, device=device)  # 0.5 GB: more than caches hold
+    return found | {"read": 4 * x.numel() / min(fastest(x.sum), fastest(lambda: x @ v))}
+
+
+# -- train: milliseconds of an iteration -------------------------------------------------------------------------------
+
+
+def write_meta_pkl(folder: Path, chars: str) -> None:
+    meta = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+
+
+def time_training(name: str, command: list[Any], cwd: Any, steps: int) -> Measured:
+    """The value is the median of the times that train.py prints, without the warm-up and the evaluations."""
+    measured = run(name, command, cwd)
+    times = re.findall(r"^iter (\d+): loss \S+, time ([\d.]+)ms", measured.output, re.MULTILINE)
+    counted = [float(ms) for iteration, ms in times if WARM_UP <= int(iteration) < WARM_UP + steps]
+    if len(counted) < steps:
+        raise ValueError(f"{name} printed the times of {len(counted)} iterations of the {steps} that count")
+    return replace(measured, value=statistics.median(counted))
+
+
+def train(cfg: Bench, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Both train.py on the same random tokens; both evaluate and save once before and once after what is counted."""
+    device, shape, steps = machine["device"], SHAPES[cfg.size], cfg.steps or STEPS[cfg.size]
+    if device == "cuda" and cfg.size == "gpt2":
+        shape = shape | {"block_size": 1024, "batch_size": 12}
+    vocab_size, data = 50257 if cfg.size == "gpt2" else len(CHARS), work / "tokens"
+    data.mkdir()
+    if cfg.size != "gpt2":
+        write_meta_pkl(data, CHARS)
+    for split, tokens in (("train", 1_000_000), ("val", 100_000)):
+        (data / f"{split}.bin").write_bytes(array("H", random.Random(1337).choices(range(vocab_size), k=tokens)))
+    settings = shape | {"gradient_accumulation_steps": 1, "dropout": 0.0, "decay_lr": False, "device": device}
+    settings |= {"eval_iters": 1, "max_iters": WARM_UP + steps, "eval_interval": WARM_UP + steps}
+    both = [f"--{key}={value}" for key, value in settings.items()]
+    own = [f"--data_dir={work}", "--dataset=tokens", f"--out_dir={work / 'ours'}", *shlex.split(cfg.flags)]
+    theirs = [f"--dataset={data}", f"--out_dir={work / 'theirs'}", f"--compile={device == 'cuda'}"]
+    theirs += [*(["--dtype=bfloat16"] if device == "cuda" else []), *shlex.split(cfg.peer_flags)]
+    ours, peer = [sys.executable, ROOT / "train.py", *both, *own], [sys.executable, "train.py", *both, *theirs]
+    a, b = in_turn(
+        cfg,
+        f"train {cfg.size} (ms: ours, peer)",
+        lambda _: time_training("our train.py", ours, work, steps),
+        (lambda _: time_training("the peer's train.py", peer, cfg.peer, steps)) if cfg.peer else None,
+    )
+    c = model_config(TrainConfig(**shape), padded_vocab_size(vocab_size))
+    flops = flops_per_token(c) * shape["block_size"] * shape["batch_size"]  # of an iteration
+    dtype = re.search(r" in torch\.(\w+);", a[0].output)[1]
+    limit = peak_flops(machine["name"], dtype) or machine.get(dtype)
+    peer_limit = limit if device == "cuda" else machine["float32"]  # nanoGPT has no autocast but on GPUs
+    shares = {"share": lambda ms: flops / ms * 1000 / limit, "peer_share": lambda ms: flops / ms * 1000 / peer_limit}
+    yield row(("train", cfg.size, device, "ms/iteration"), a, b, limit=limit, **shares if limit else {})
+
+
+# -- generate: tokens a second -----------------------------------------------------------------------------------------
+
+
+def write_tokens(side: str, shape: dict[str, int], dtype: str, device: str, batch: int, greedy: bool) -> dict[str, Any]:
+    """Time how a model with random weights generates. `side`: hf, or a folder with a model.py, ours or nanoGPT's."""
+    import torch
+
+    torch.manual_seed(1337)
+    prompt = torch.randint(shape["vocab_size"], (batch, PROMPT), device=device)
+    ours, keys = side == str(ROOT), {"temperature": 0.0} if greedy else {"temperature": 0.8, "top_k": 200}
+    if side == "hf":
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        shape = {"n_positions" if key == "block_size" else key: value for key, value in shape.items()}
+        model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=None, eos_token_id=None))  # so it cannot end early
+        keys = {"do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    else:
+        sys.path.insert(0, side)
+        from model import GPT, GPTConfig
+
+        model = GPT(GPTConfig(**shape, bias=True))
+        keys |= {"generators": [torch.Generator().manual_seed(1337 + i) for i in range(batch)]} if ours else {}
+    model.to(device, getattr(torch, dtype)).eval()
+    for new in (8, NEW):  # the first to warm up
+        started = time.perf_counter()
+        tokens = model.generate(prompt, max_new_tokens=new, **keys)
+        made = sum(1 for _ in tokens) if ours else tokens.size(1) - PROMPT
+        if device != "cpu":
+            torch.accelerator.synchronize()
+    assert made == NEW
+    return {"value": batch * NEW / (time.perf_counter() - started)}
+
+
+def time_tokens(dtype: str, device: str) -> dict[str, float]:
+    """Milliseconds a token with a context of T = 256: "early" from token 100 on, "value" from token 4 T on.
+
+    Both are means over T / 2 tokens: past T that holds exactly one refill of the cache.
+    """
+    import torch
+
+    from model import GPT, GPTConfig
+
+    T = 256
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=T, vocab_size=len(CHARS)))
+    model.to(device, getattr(torch, dtype)).eval()
+    clock, start = [time.perf_counter()], torch.zeros(1, 1, dtype=torch.int64, device=device)
+    for token in model.generate(start, 4 * T + T // 2, [torch.Generator().manual_seed(1337)]):
+        token.item()  # waits for the device
+        clock.append(time.perf_counter())
+    early, late = (1000 * (clock[at + T // 2] - clock[at]) / (T // 2) for at in (100, 4 * T))
+    return {"early": early, "value": late}
+
+
+def generate(cfg: Bench, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One continuation; then, of ours alone, ten at once, and whether a token far past block_size costs more."""
+    device, size = machine["device"], f"{cfg.size} {cfg.dtype}"
+    shape = {key: value for key, value in SHAPES[cfg.size].items() if key != "batch_size"} | {"block_size": 1024}
+    shape["vocab_size"] = vocab_size = 50257 if cfg.size == "gpt2" else len(CHARS)
+    same = {"dtype": cfg.dtype, "device": device}
+    full = same | {"shape": shape, "greedy": cfg.peer == "hf"}
+    a, b, ten, far = in_turn(
+        cfg,
+        f"generate {cfg.size} (tokens/s: ours, peer, 10 at once; ms/token)",
+        lambda _: call("our model.py", write_tokens, work, side=str(ROOT), batch=1, **full),
+        (lambda _: call("the peer's model", write_tokens, work, side=cfg.peer, batch=1, **full)) if cfg.peer else None,
+        lambda _: call("our model.py", write_tokens, work, side=str(ROOT), batch=10, **full),
+        lambda _: call("our model.py", time_tokens, work, **same),
+    )
+    c = model_config(TrainConfig(**SHAPES[cfg.size] | {"block_size": 1024, "bias": True}), vocab_size)
+    weights = sum(parameters(c).values()) - c.block_size * c.n_embd  # of the positions only one row is read
+    limit = machine["read"] / (weights * (2 if cfg.dtype == "bfloat16" else 4))  # each token reads all weights
+    yield row(("generate", size, device, "tokens/s"), a, b, limit=limit, share=lambda speed: speed / limit)
+    gain = statistics.median(m.value for m in ten) / statistics.median(m.value for m in a)
+    yield row(("generate: 10 at once (ratio: to 1)", size, device, "tokens/s"), ten, [], ratio=gain)
+    flat = statistics.median(m.found["early"] for m in far) / statistics.median(m.value for m in far)
+    what = ("generate: from token 4 T (ratio: from 100)", f"small {cfg.dtype}", device, "ms/token")
+    yield row(what, far, [], ratio=flat)
+
+
+# -- prepare: tokens a second ------------------------------------------------------------------------------------------
+
+
+def write_documents(path: str | None, jsonl: Path, megabytes: int) -> int:
+    """A file, the files of a folder, or of Python's library, cut into documents, again and again; how many there are.
+
+    ValueError where there is no text.
+    """
+    folder, written, count = Path(path or sysconfig.get_path("stdlib")), 0, 0
+    files = [folder] if folder.is_file() else sorted(folder.rglob("*" if path else "*.py"))
+    files = [file for file in files if file.is_file() and "site-packages" not in file.parts]
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    texts = [text[at : at + DOCUMENT] for text in texts for at in range(0, len(text), DOCUMENT)]
+    if not texts:
+        raise ValueError(f"input={path!r}: there is no text in it")
+    with jsonl.open("w", encoding="utf-8") as file:
+        for count, text in enumerate(itertools.cycle(texts)):
+            if written >= 1e6 * megabytes:
+                return count
+            file.write(json.dumps({"text": text}) + "\n")
+            written += len(text.encode())
+
+
+def save_arrow(jsonl: str, folder: str) -> dict:
+    import datasets
+
+    datasets.Dataset.from_json(jsonl).save_to_disk(folder)
+    return {}
+
+
+def run_openwebtext(script: str, folder: str, workers: int) -> dict:
+    """nanoGPT's data/openwebtext/prepare.py, on our documents in place of those it would download."""
+    import datasets
+
+    split, tokenize = datasets.Dataset.train_test_split, datasets.DatasetDict.map
+    datasets.disable_caching()  # else the second run would find the tokens of the first
+    datasets.load_dataset = lambda *_, **__: {"train": datasets.load_from_disk(folder)}
+    # it writes a split in 1024 parts, so it fails where a split has fewer documents
+    datasets.Dataset.train_test_split = lambda self, **keys: split(self, **keys | {"test_size": 1024})
+    datasets.DatasetDict.map = lambda self, *args, **keys: tokenize(self, *args, **keys | {"num_proc": workers})
+    runpy.run_path(script, run_name="__main__")
+    return {}
+
+
+def prepare(cfg: Bench, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """prepare/text.py and nanoGPT's data/openwebtext/prepare.py, whole commands, with as many workers."""
+    jsonl, script = work / "text.jsonl", work / "peer" / "prepare.py"  # the peer's writes where it lies
+    documents = write_documents(cfg.input, jsonl, cfg.megabytes)
+    theirs = {"script": str(script), "folder": str(work / "arrow"), "workers": os.cpu_count() or 1}
+    if cfg.peer:
+        importlib.metadata.version("datasets")  # a missing package is named before the work begins
+        if documents < 2048:
+            raise ValueError(f"megabytes={cfg.megabytes}: too little for the peer, which needs 2048 documents (11 MB)")
+        script.parent.mkdir()
+        shutil.copy(Path(cfg.peer) / "data" / "openwebtext" / "prepare.py", script)
+        call("datasets", save_arrow, work, jsonl=str(jsonl), folder=theirs["folder"])
+    ours = [sys.executable, ROOT / "prepare" / "text.py", f"--input={jsonl}", "--name=ours", f"--data_dir={work}"]
+    ours += ["--tokenizer=gpt2", "--val_fraction=0.01"]
+
+    def speed(measured: Measured, folder: Path) -> Measured:
+        tokens = sum((folder / name).stat().st_size / 2 for name in ("train.bin", "val.bin"))  # uint16
+        return replace(measured, value=tokens / measured.seconds)
+
+    def peer(_: int) -> Measured:
+        return speed(call("the peer's prepare.py", run_openwebtext, work, whole_tree=True, **theirs), script.parent)
+
+    a, b = in_turn(
+        cfg,
+        "prepare (tokens/s: ours, peer)",
+        lambda _: speed(run("prepare/text.py", ours, work, whole_tree=True), work / "ours"),
+        peer if cfg.peer else None,
+    )
+    yield row(("prepare", f"{cfg.megabytes} MB", "cpu", "tokens/s"), a, b)
+
+
+# -- loss: seconds of the whole command --------------------------------------------------------------------------------
+
+
+def loss(cfg: Bench, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """How long a recipe for tiny Shakespeare takes, from nothing to its end, and the loss it ends with.
+
+    Both losses are measured on the whole validation split, by our train.py. Our runs differ in their seeds.
+    """
+    data, own = work / "shakespeare_char", [f"--data_dir={work}", "--dataset=shakespeare_char"]
+    command = [sys.executable, ROOT / "prepare" / "shakespeare_char.py", own[0]]
+    run("prepare/shakespeare_char.py", command + ([f"--input={Path(cfg.input).resolve()}"] if cfg.input else []), work)
+    write_meta_pkl(data, json.loads((data / "meta.json").read_text(encoding="utf-8"))["tokenizer"]["chars"])
+    recipe = Path(cfg.config).resolve() if Path(cfg.config).is_file() else cfg.config
+    evaluation = [sys.executable, ROOT / "train.py", *own, "--init_from=resume", "--eval_only=True", "--eval_iters=0"]
+    evaluation += ["--device=cpu", "--dtype=float32"]
+
+    def one(name: str, command: list[Any], cwd: Any, repeat: int) -> Measured:
+        out = work / f"{name}-{repeat}"
+        # a user's first run finds nothing that torch.compile has made before
+        measured = run(f"{name}: train.py", [*command, f"--out_dir={out}"], cwd, TORCHINDUCTOR_CACHE_DIR=f"{out}-cache")
+        said = run(f"{name}: the loss", [*evaluation, f"--out_dir={out}"], work).output
+        found = {"loss": float(re.search(r"val loss (\S+)", said)[1])}
+        return replace(measured, value=measured.seconds, found=found)
+
+    def ours(repeat: int) -> Measured:
+        seed = f"--seed={1337 + repeat}"
+        command = [sys.executable, ROOT / "train.py", recipe, *own, seed, *shlex.split(cfg.flags)]
+        return one("ours", command, work, repeat)
+
+    def peer(repeat: int) -> Measured:
+        words = shlex.split(f"{PEER_LOSS} {cfg.peer_flags}")
+        return one("peer", [sys.executable, "train.py", *words, f"--dataset={data}"], cfg.peer, repeat)
+
+    a, b = in_turn(cfg, "loss (s: ours, peer)", ours, peer if cfg.peer else None)
+    yield row(("loss: time", Path(cfg.config).stem, "cpu", "s"), a, b)
+    a, b = ([replace(m, value=m.found["loss"]) for m in side] for side in (a, b))
+    yield row(("loss: whole val split", Path(cfg.config).stem, "cpu", "nats/token"), a, b)
+
+
+TASKS = {"train": train, "generate": generate, "prepare": prepare, "loss": loss}
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def versions(peer: str | None) -> dict[str, Any]:
+    found = {"python": platform.python_version(), "kqv": git("rev-parse", "HEAD"), "cpu": cpu_name()}
+    packages = ("torch", "numpy", *(["transformers"] if peer == "hf" else []))
+    found |= {name: importlib.metadata.version(name) for name in packages}
+    return found if peer in (None, "hf") else found | {"peer": git("-C", peer, "rev-parse", "HEAD")}
+
+
+def cells(result: dict[str, Any]) -> list[str]:
+    """A row of the table: medians, with the least and the most of all runs."""
+
+    def shown(key: str, form: str) -> str:
+        runs = result.get(f"{key}_runs", [])
+        spread = f" ({min(runs):{form}} to {max(runs):{form}})" if runs else ""
+        return "-" if result[key] is None else f"{result[key]:{form}}{spread}"
+
+    both = [f"{shown('share_of_limit', '.1%')} / {shown('peer_share_of_limit', '.1%')}"]
+    both += [result["unit"], f"{shown('peak_rss_mb', ',.0f')} / {shown('peer_peak_rss_mb', ',.0f')}"]
+    what = [result["task"], f"{result['size']}, {result['device']}"]
+    return [*what, shown("ours", ",.4g"), shown("peer", ",.4g"), *both, shown("ratio", ".2f")]
+
+
+def main(cfg: Bench, origin: dict[str, str]) -> None:
+    """Measure kqv, alone or beside a peer: a table with medians, the spread, and at its end the ratio.
+
+    python bench.py train | generate | prepare | loss [--peer=FOLDER_OF_NANOGPT] [--size=small] [--json=FILE]
+    """
+    known, rows, machine = versions(cfg.peer), [], {}
+    if cfg.threads:
+        os.environ["OMP_NUM_THREADS"] = str(cfg.threads)
+    if {"train", "generate"} & set(cfg.tasks):
+        machine = call("the machine's limits", limits, ROOT, device=cfg.device).found
+        speeds = f"matrix products {machine['float32'] / 1e9:,.0f} GFLOP/s in float32"
+        speeds += f", {machine['bfloat16'] / 1e9:,.0f} in bfloat16; reads {machine['read'] / 1e9:,.1f} GB/s"
+        print(f"{machine['name']}, {machine['threads']} threads: {speeds}", flush=True)
+        known["threads"] = machine["threads"]
+    for task in cfg.tasks:
+        with tempfile.TemporaryDirectory(prefix="kqv-bench-") as work:
+            rows += [result | {"versions": known} for result in TASKS[task](cfg, Path(work).resolve(), machine)]
+        if cfg.json:
+            write_whole(Path(cfg.json), json.dumps(rows[0] if len(rows) == 1 else rows, indent=1) + "\n")
+    heading = ["task", "size", "ours (spread)", "peer (spread)", "of limit", "unit", "peak MB", "ratio"]
+    print_table([heading, *map(cells, rows)])
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the child is stopped and the folder removed
+    config.run(main, Bench)
