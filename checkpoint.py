@@ -116,12 +116,15 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
         }
         check_tensors(model)
         if not mmap:  # whoever maps the file does not want the moments
-            for moments in (checkpoint.get("optimizer") or {"state": {}})["state"].values():
-                check_tensors(moments)
-                if missing := {"step", "exp_avg", "exp_avg_sq"} - moments.keys():
-                    raise KeyError(f"the optimizer's {min(missing)}")
-                if moments["step"].numel() != 1 or moments["step"] < 0 or (moments["exp_avg_sq"] < 0).any():
-                    raise ValueError("the optimizer's state is not AdamW's")
+            for key, due in (("optimizer", {"step", "exp_avg", "exp_avg_sq"}), ("muon", {"momentum_buffer"})):
+                for moments in (checkpoint.get(key) or {"state": {}})["state"].values():
+                    check_tensors(moments)
+                    if missing := due - moments.keys():
+                        raise KeyError(f"the optimizer's {min(missing)}")
+                    if key == "optimizer" and (moments["step"].numel() != 1 or moments["step"] < 0):
+                        raise ValueError("the optimizer's number of steps cannot be")
+                    if key == "optimizer" and (moments["exp_avg_sq"] < 0).any():
+                        raise ValueError("the optimizer's average of squares cannot be negative")
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL:? (\S+)", str(error), re.IGNORECASE)
         reason = f"it would run code ({named[1]})" if named else "not a checkpoint, or cut short"

@@ -120,14 +120,21 @@ class Optimizer:
     max_minutes: Annotated[float | None, "save and stop after so many minutes"] = None
     patience: Annotated[int | None, "stop when val_loss has not improved for so many evaluations"] = None
     max_bad_steps: Annotated[int, "stop after so many steps in a row without a finite loss and gradient"] = 10
-    learning_rate: Annotated[float, "peak learning rate"] = 6e-4
-    weight_decay: Annotated[float, "AdamW's weight decay, on matrices and embeddings only"] = 1e-1
+    optimizer: Annotated[Literal["adamw", "muon"], "muon: Muon for the blocks' matrices, AdamW for the rest"] = "adamw"
+    learning_rate: Annotated[float, "peak learning rate (AdamW's)"] = 6e-4
+    muon_lr: Annotated[float, "Muon's peak learning rate, which follows the same schedule"] = 0.02
+    muon_momentum: Annotated[float, "Muon's momentum"] = 0.95
+    weight_decay: Annotated[float, "weight decay, on matrices and embeddings only"] = 1e-1
     beta1: Annotated[float, "AdamW's first beta"] = 0.9
     beta2: Annotated[float, "AdamW's second beta"] = 0.95
     grad_clip: Annotated[float, "clip the gradient to this norm; 0: do not"] = 1.0
-    decay_lr: Annotated[bool, "warm up, then decay along a cosine; False: constant learning_rate"] = True
+    decay_lr: Annotated[bool, "warm up, then decay; False: constant learning_rate"] = True
+    schedule: Annotated[
+        Literal["cosine", "wsd"], "decay along a cosine, or stay at the peak and then decay along a line"
+    ] = "cosine"
+    decay_fraction: Annotated[float, "wsd: the last part of lr_decay_iters, over which the rate decays"] = 0.5
     warmup_iters: Annotated[int, "iterations of linear warm-up"] = 2000
-    lr_decay_iters: Annotated[int | None, "where the cosine ends; None: max_iters"] = None
+    lr_decay_iters: Annotated[int | None, "where the decay ends; None: max_iters"] = None
     min_lr: Annotated[float, "learning rate at its end, about learning_rate / 10"] = 6e-5
     strategy: Annotated[
         Literal["ddp", "fsdp"], "several processes: each has the whole model, or a share of it (FSDP)"
@@ -147,13 +154,17 @@ class TrainConfig(Machine, Optimizer, Model, Data, Output):
         at_least(
             self, 0, "eval_iters", "max_iters", "warmup_iters", "lr_decay_iters", "seed", "keep_last", "max_minutes"
         )
-        at_least(self, 0, "learning_rate", "min_lr", "weight_decay", "grad_clip", "norm_eps", "rope_theta")
+        at_least(self, 0, "learning_rate", "min_lr", "weight_decay", "grad_clip", "norm_eps", "rope_theta", "muon_lr")
         for key in ("out_dir", "dataset"):
             if not getattr(self, key):
                 raise ValueError(f"{key}='': must not be empty")
-        for key in ("beta1", "beta2"):
+        for key in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 0 and below 1")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction={self.decay_fraction}: must be from 0 to 1")
+        if (self.strategy, self.optimizer) == ("fsdp", "muon"):
+            raise ValueError("strategy=fsdp: trains with AdamW; optimizer=muon needs whole matrices")
 
 
 @dataclass(kw_only=True)

@@ -1,9 +1,9 @@
-"""The optimizer and its learning rate."""
+"""The optimizers and their learning rate."""
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def adamw(model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
@@ -11,12 +11,84 @@ def adamw(model: nn.Module, learning_rate: float, betas: tuple[float, float], we
 
     The order of groups and parameters is nanoGPT's too, so that its optimizer states load.
     """
+    return adamw_of([p for p in model.parameters() if p.requires_grad], learning_rate, betas, weight_decay)
+
+
+def muon_and_adamw(
+    model: nn.Module,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    muon_lr: float,
+    muon_momentum: float,
+    dtype: torch.dtype,
+) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices; AdamW for the rest: embeddings, head, gains and biases."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in model.transformer.h.parameters() if parameter.dim() == 2]
+    chosen = set(matrices)
+    rest = [parameter for parameter in trained if parameter not in chosen]
+    muon = Muon(matrices, muon_lr, muon_momentum, weight_decay, dtype)
+    return [adamw_of(rest, learning_rate, betas, weight_decay), muon]
+
+
+def adamw_of(
+    parameters: list[Tensor], learning_rate: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
     groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal, so that all directions of a matrix learn alike, rare ones too.
+
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon; as torch.optim.Muon, but matrices of one shape are taken
+    together, in `dtype`, and with found_inf set to 1 a step changes nothing, as with the fused AdamW.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, matrices: list[Tensor], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype):
+        shapes = dict.fromkeys(matrix.shape for matrix in matrices)
+        groups = [{"params": [matrix for matrix in matrices if matrix.shape == shape]} for shape in shapes]
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            matrices, momentum = group["params"], group["momentum"]
+            for matrix in matrices:
+                self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+            gradients = torch.stack([matrix.grad for matrix in matrices])  # (n, rows, columns)
+            buffers = torch.stack([self.state[matrix]["momentum_buffer"] for matrix in matrices])
+            lr = group["lr"]
+            if self.found_inf is not None:  # on a bad step nothing changes; no waiting for the device to know
+                lr = lr * (1 - self.found_inf)
+                gradients = torch.where(self.found_inf > 0, buffers, gradients)
+            buffers.lerp_(gradients, 1 - momentum)
+            updates = orthogonalize(gradients.lerp_(buffers, momentum), self.dtype)  # Nesterov's look ahead
+            updates *= -lr * math.sqrt(max(1, updates.size(1) / updates.size(2)))
+            for matrix, buffer, update in zip(matrices, buffers, updates, strict=True):
+                self.state[matrix]["momentum_buffer"].copy_(buffer)
+                matrix.mul_(1 - lr * group["weight_decay"]).add_(update)
+
+
+def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Set all singular values of each matrix (n, rows, columns) to about 1, by five Newton-Schulz steps.
+
+    p(x) = 3.4445 x - 4.775 x^3 + 2.0315 x^5, five times over, takes what is in (0, 1] to between 0.7 and 1.2.
+    """
+    tall = matrices.size(1) > matrices.size(2)
+    x = (matrices.mT if tall else matrices).to(dtype)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
+    for _ in range(5):
+        gram = x @ x.mT  # (n, rows, rows)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def load_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
@@ -42,17 +114,30 @@ def load_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
                         mesh, placements = parameter.device_mesh, parameter.placements
                         state[index][key] = distribute_tensor(value.to(mesh.device_type), mesh, placements)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise ValueError(f"the checkpoint's optimizer state is damaged or another model's: {error}") from None
+        raise ValueError(f"the checkpoint's optimizer state is damaged, or not this run's: {error}") from None
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def learning_rate_at(
-    iter_num: int, learning_rate: float, min_lr: float, warmup_iters: int, lr_decay_iters: int
+    iter_num: int,
+    learning_rate: float,
+    min_lr: float,
+    warmup_iters: int,
+    lr_decay_iters: int,
+    schedule: str = "cosine",
+    decay_fraction: float = 1.0,
 ) -> float:
-    """Linear warm-up, then a cosine down to min_lr at lr_decay_iters (arXiv:1608.03983), then min_lr."""
+    """Linear warm-up, then down to min_lr at lr_decay_iters, then min_lr.
+
+    cosine: along half a cosine (arXiv:1608.03983). wsd (warm-up, stable, decay; arXiv:2404.06395): at its peak until
+    the last decay_fraction of lr_decay_iters, then along a line.
+    """
     if iter_num < warmup_iters:
         return learning_rate * (iter_num + 1) / (warmup_iters + 1)
     if iter_num >= lr_decay_iters:
         return min_lr
+    if schedule == "wsd":
+        left = (lr_decay_iters - iter_num) / max(1, decay_fraction * lr_decay_iters)
+        return min_lr + min(1.0, left) * (learning_rate - min_lr)
     progress = (iter_num - warmup_iters) / (lr_decay_iters - warmup_iters)  # 0 ... 1
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)

@@ -214,8 +214,15 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         f"{tokens_per_iter:,} tokens per iteration, {splits['train'].tokens:,} in {folder / 'train.bin'}"
     )
 
-    # -- optimizer; fp16's small gradients are scaled up so as not to vanish, for the others the scaler does nothing
-    optimizer = optim.adamw(model, cfg.learning_rate, (cfg.beta1, cfg.beta2), cfg.weight_decay)
+    # -- optimizers; fp16's small gradients are scaled up so as not to vanish, for the others the scaler does nothing
+    betas = (cfg.beta1, cfg.beta2)
+    if cfg.optimizer == "adamw":
+        optimizers = [optim.adamw(model, cfg.learning_rate, betas, cfg.weight_decay)]
+    else:
+        product_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        muon = (cfg.muon_lr, cfg.muon_momentum, product_dtype)
+        optimizers = optim.muon_and_adamw(model, cfg.learning_rate, betas, cfg.weight_decay, *muon)
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     iter_num, best_val_loss, val_loss, elapsed, wandb_id = 0, math.inf, math.nan, 0.0, None
@@ -228,7 +235,8 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         elapsed, wandb_id = saved["elapsed_seconds"], saved.get("wandb_id")
         evals_since_best, evaluated_iter = saved.get("evals_since_best", 0), saved.get("evaluated_iter", -1)
         bad, recent_losses = saved.get("bad_steps", bad), saved.get("recent_losses", recent_losses)
-        optim.load_state(optimizer, saved.get("optimizer", {}))
+        for key, optimizer in zip(("optimizer", "muon"), optimizers, strict=False):
+            optim.load_state(optimizer, saved.get(key, {}))
         if scaler.is_enabled() and saved.get("scaler"):
             scaler.load_state_dict(saved["scaler"])
         saved = None  # a second copy of the weights and moments
@@ -289,7 +297,8 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
 
     def save(best: bool) -> None:
         """All that this run needs to go on from iter_num. A disk that is full now may not be later."""
-        state = whole({"model": bare.state_dict(), "optimizer": optimizer.state_dict()}, main=rank == 0)
+        states = dict(zip(("optimizer", "muon"), [optimizer.state_dict() for optimizer in optimizers], strict=False))
+        state = whole({"model": bare.state_dict(), **states}, main=rank == 0)
         if rank != 0:
             return
         state |= {
@@ -365,9 +374,11 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         torch.manual_seed(int(np.random.SeedSequence((cfg.seed, iter_num, rank)).generate_state(1)[0]))
         lr = cfg.learning_rate
         if cfg.decay_lr:
-            lr = optim.learning_rate_at(iter_num, cfg.learning_rate, cfg.min_lr, cfg.warmup_iters, lr_decay_iters)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+            when = (cfg.warmup_iters, lr_decay_iters, cfg.schedule, cfg.decay_fraction)
+            lr = optim.learning_rate_at(iter_num, cfg.learning_rate, cfg.min_lr, *when)
+        for optimizer, peak_lrs in zip(optimizers, peaks, strict=True):
+            for group, peak_lr in zip(optimizer.param_groups, peak_lrs, strict=True):
+                group["lr"] = peak_lr * lr / cfg.learning_rate if cfg.learning_rate else 0.0
         loss_sum = torch.zeros((), device=device)
         for micro_step in range(micro_steps):
             final = micro_step == micro_steps - 1
@@ -377,7 +388,8 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
             loss_sum += loss.detach()
             scaler.scale(loss).backward()
             x, y = batch(iter_num + final, 0 if final else micro_step + 1)  # while a GPU is still at work
-        scaler.unscale_(optimizer)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(bare.parameters(), cfg.grad_clip or math.inf)
         grad_norm = grad_norm.full_tensor() if is_sharded(grad_norm) else grad_norm
         own_loss = loss_sum.clone()  # of this process alone
@@ -386,13 +398,14 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         # A gradient that is no number must not reach the weights: with found_inf the optimizer leaves them alone, and
         # nobody waits for the GPU to find out. (In fp16 overflows are the scaler's business, and only the loss tells.)
         is_bad = ~(loss_sum if scaler.is_enabled() else grad_norm).isfinite()
-        if not scaler.is_enabled():
-            optimizer.grad_scale, optimizer.found_inf = None, is_bad.float()
         bad = torch.stack(((bad[0] + 1) * is_bad, bad[1] + is_bad, torch.where(is_bad, iter_num, bad[2])))
         bad_loss = torch.where(is_bad, own_loss, bad_loss)
-        scaler.step(optimizer)
+        for optimizer in optimizers:
+            if not scaler.is_enabled():
+                optimizer.grad_scale, optimizer.found_inf = None, is_bad.float()
+            scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        bare.zero_grad(set_to_none=True)
 
         # once in a while: log
         if iter_num % cfg.log_interval == 0:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from model import GPT, GPTConfig
-from optim import adamw, learning_rate_at
+from optim import Muon, adamw, learning_rate_at, muon_and_adamw, orthogonalize
 
 
 def test_cosine_is_pytorchs():
@@ -18,9 +18,23 @@ def test_cosine_is_pytorchs():
         scheduler.step()
 
 
+@pytest.mark.parametrize("decay_fraction", [0.25, 1.0])
+def test_the_end_of_wsd_is_pytorchs_line_and_before_it_nothing_changes(decay_fraction):
+    decay_iters = int(80 * decay_fraction)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=6e-4)
+    scheduler = LinearLR(optimizer, start_factor=1.0, end_factor=0.1, total_iters=decay_iters)
+    rates = [learning_rate_at(i, 6e-4, 6e-5, 0, 80, "wsd", decay_fraction) for i in range(100)]
+    assert set(rates[: 80 - decay_iters]) <= {6e-4}
+    for rate in rates[80 - decay_iters :]:
+        assert rate == pytest.approx(scheduler.get_last_lr()[0], rel=1e-6)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 @pytest.mark.parametrize("warmup_iters, lr_decay_iters", [(10, 100), (0, 100), (10, 10), (20, 10), (0, 0)])
-def test_warm_up_rises_to_the_peak_and_the_end_is_min_lr(warmup_iters, lr_decay_iters):
-    rates = [learning_rate_at(i, 1.0, 0.1, warmup_iters, lr_decay_iters) for i in range(200)]
+def test_warm_up_rises_to_the_peak_and_the_end_is_min_lr(warmup_iters, lr_decay_iters, schedule):
+    rates = [learning_rate_at(i, 1.0, 0.1, warmup_iters, lr_decay_iters, schedule) for i in range(200)]
     warmup = rates[:warmup_iters]
     assert warmup == pytest.approx([(i + 1) / (warmup_iters + 1) for i in range(warmup_iters)])
     after = rates[warmup_iters:]
@@ -35,3 +49,67 @@ def test_groups_hold_each_parameter_once_and_only_matrices_decay():
     assert sorted(ours) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in others["params"]} == {1}
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+
+
+# -- Muon --------------------------------------------------------------------------------------------------------------
+
+
+def matrices_and_gradients(steps: int) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(48, 16), (16, 16), (16, 64), (48, 16), (16, 64)]
+    first = [torch.randn(shape, generator=draw) for shape in shapes]
+    return first, [[torch.randn(shape, generator=draw) for shape in shapes] for _ in range(steps)]
+
+
+def test_muon_is_pytorchs_but_for_rounding():
+    first, gradients = matrices_and_gradients(steps=5)
+    ours, theirs = ([matrix.clone().requires_grad_() for matrix in first] for _ in range(2))
+    optimizers = (
+        Muon(ours, lr=0.02, momentum=0.9, weight_decay=0.1, dtype=torch.bfloat16),
+        torch.optim.Muon(theirs, lr=0.02, momentum=0.9, weight_decay=0.1, nesterov=True),
+    )
+    for gradient in gradients:
+        for matrices, optimizer in zip((ours, theirs), optimizers, strict=True):
+            for matrix, grad in zip(matrices, gradient, strict=True):
+                matrix.grad = grad.clone()
+            optimizer.step()
+    for start, a, b in zip(first, ours, theirs, strict=True):
+        moved = (b - start).norm()
+        assert moved > 0.1 and (a - b).norm() < 0.02 * moved  # both round to 8 bits, not in the same places
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 50), (2, 50, 20), (1, 32, 32)])
+def test_orthogonalized_matrices_keep_their_directions_and_have_singular_values_near_one(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+    for step in range(5):  # the polynomial on the singular values alone, which is all it may change
+        s = s / s.norm(dim=1, keepdim=True) if step == 0 else s
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    torch.testing.assert_close(
+        orthogonalize(matrices, torch.float32), u @ torch.diag_embed(s) @ v, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_muon_and_adamw_share_out_all_parameters_each_once():
+    model = GPT(GPTConfig(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=16, qk_norm=True))
+    optimizers = muon_and_adamw(model, 1e-3, (0.9, 0.95), 0.1, 0.02, 0.95, torch.float32)
+    ours = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(ours) == sorted(id(p) for p in model.parameters())
+    names = {id(p): name for name, p in model.named_parameters()}
+    by_muon = {names[id(p)] for group in optimizers[1].param_groups for p in group["params"]}
+    assert len(by_muon) == 8 and all(name.startswith("transformer.h.") and "norm" not in name for name in by_muon)
+
+
+def test_a_bad_step_changes_nothing():
+    first, (good, bad, again) = matrices_and_gradients(steps=3)
+    results = []
+    for gradients in ([good, bad, again], [good, again]):
+        matrices = [matrix.clone().requires_grad_() for matrix in first]
+        muon = Muon(matrices, lr=0.02, momentum=0.9, weight_decay=0.1, dtype=torch.float32)
+        for gradient in gradients:
+            muon.found_inf = torch.tensor(float(gradient is bad))
+            for matrix, grad in zip(matrices, gradient, strict=True):
+                matrix.grad = grad * (torch.nan if gradient is bad else 1)
+            muon.step()
+        results.append(matrices)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -275,6 +275,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(train, tmp_path):
         ["--dropout=0.3", "--gradient_accumulation_steps=3"],
         ["--dtype=float16"],
         ["--activation_checkpointing", "--dropout=0.3"],
+        ["--optimizer=muon", "--schedule=wsd"],
     ],
 )
 def test_stopping_and_resuming_is_the_same_run(train, command, data_dir, tmp_path, options):
@@ -286,8 +287,9 @@ def test_stopping_and_resuming_is_the_same_run(train, command, data_dir, tmp_pat
     assert result.code == 0, result.err
     straight, halves = tmp_path / "straight", tmp_path / "halves"
     assert_same_weights(straight / "ckpt.pt", halves / "ckpt.pt")
-    a, b = (checkpoint.load(folder / "ckpt.pt")["optimizer"]["state"] for folder in (straight, halves))
-    assert all(torch.equal(a[i][key], b[i][key]) for i in a for key in a[i])
+    for name in ("optimizer", "muon") if "--optimizer=muon" in options else ("optimizer",):
+        a, b = (checkpoint.load(folder / "ckpt.pt")[name]["state"] for folder in (straight, halves))
+        assert a and all(torch.equal(a[i][key], b[i][key]) for i in a for key in a[i])
     assert [record["iter"] for record in metrics(halves)] == list(range(11))
     for key in ("train_loss", "grad_norm", "lr"):
         assert column(straight, key) == column(halves, key)
