@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CONFIG := configs/train_python_stdlib.py
 
-.PHONY: demo test slow
+.PHONY: demo test slow gpu
 
 demo: out-python-stdlib/done
 	$(BIN)/python sample.py --out_dir=out-python-stdlib --num_samples=2 --max_new_tokens=400 --start="def "
@@ -23,6 +23,13 @@ test: .venv/test
 
 slow: .venv/test
 	$(BIN)/python -m pytest -m slow
+
+# on a machine with a GPU, beside a checkout of nanoGPT: make gpu PEER=../nanoGPT
+gpu: .venv/test
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python bench.py train --size=small --device=cuda --peer=$(PEER) --repeats=2
+	$(BIN)/python bench.py train --size=gpt2 --device=cuda --peer=$(PEER) --repeats=2
+	$(BIN)/python bench.py generate --size=gpt2 --device=cuda --dtype=bfloat16 --peer=hf
 
 # the environment: torch and what training needs, then what the tests need; again when pyproject.toml changes
 .venv/run: pyproject.toml

@@ -70,6 +70,7 @@ class Bench:
     device: Annotated[str, "for train and generate: auto | cpu | cuda | mps"] = "auto"
     threads: Annotated[int | None, "of both sides (OMP_NUM_THREADS); None: PyTorch's choice"] = None
     dtype: Annotated[Literal["float32", "bfloat16"], "of the weights of both sides in generate"] = "float32"
+    quantize: Annotated[Literal["int8"] | None, "of our side in generate"] = None
     flags: Annotated[str, "more settings for our train.py in train and loss: '--compile --dtype=bfloat16'"] = ""
     peer_flags: Annotated[str, "more settings for the peer's train.py"] = ""
     config: Annotated[str, "what loss runs on our side"] = "configs/train_shakespeare_char_cpu.py"
@@ -144,7 +145,8 @@ def sample_memory(pid: int, ended: threading.Event, samples: list[int]) -> None:
             with suppress(OSError):  # it has ended, or there is no /proc
                 for task in Path(f"/proc/{member}/task").iterdir():
                     family += map(int, (task / "children").read_text(encoding="utf-8").split())
-                pss = re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{member}/smaps_rollup").read_text(), re.MULTILINE)
+                rollup = Path(f"/proc/{member}/smaps_rollup").read_text(encoding="utf-8")
+                pss = re.search(r"^Pss:\s+(\d+)", rollup, re.MULTILINE)
                 total += 1024 * int(pss[1])
         samples.append(total)
 
@@ -270,12 +272,14 @@ def train(cfg: Bench, work: Path, machine: dict[str, Any]) -> Iterator[dict[str,
 # -- generate: tokens a second -----------------------------------------------------------------------------------------
 
 
-def write_tokens(side: str, shape: dict[str, int], dtype: str, device: str, batch: int, greedy: bool) -> dict[str, Any]:
+def write_tokens(
+    side: str, shape: dict[str, int], dtype: str, device: str, batch: int, greedy: bool, quantize: str | None = None
+) -> dict[str, Any]:
     """Time how a model with random weights generates. `side`: hf, or a folder with a model.py, ours or nanoGPT's."""
     import torch
 
     torch.manual_seed(1337)
-    prompt = torch.randint(shape["vocab_size"], (batch, PROMPT), device=device)
+    prompt = torch.randint(shape["vocab_size"], (1, PROMPT), device=device)  # which all samples of a batch share
     ours, keys = side == str(ROOT), {"temperature": 0.0} if greedy else {"temperature": 0.8, "top_k": 200}
     if side == "hf":
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -290,6 +294,10 @@ def write_tokens(side: str, shape: dict[str, int], dtype: str, device: str, batc
         model = GPT(GPTConfig(**shape, bias=True))
         keys |= {"generators": [torch.Generator().manual_seed(1337 + i) for i in range(batch)]} if ours else {}
     model.to(device, getattr(torch, dtype)).eval()
+    if ours:
+        from packed import pack
+
+        pack(model, batch, quantize)
     for new in (8, NEW):  # the first to warm up
         started = time.perf_counter()
         tokens = model.generate(prompt, max_new_tokens=new, **keys)
@@ -323,7 +331,7 @@ def time_tokens(dtype: str, device: str) -> dict[str, float]:
 
 def generate(cfg: Bench, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One continuation; then, of ours alone, ten at once, and whether a token far past block_size costs more."""
-    device, size = machine["device"], f"{cfg.size} {cfg.dtype}"
+    device, size = machine["device"], f"{cfg.size} {cfg.quantize or cfg.dtype}"
     shape = {key: value for key, value in SHAPES[cfg.size].items() if key != "batch_size"} | {"block_size": 1024}
     shape["vocab_size"] = vocab_size = 50257 if cfg.size == "gpt2" else len(CHARS)
     same = {"dtype": cfg.dtype, "device": device}
@@ -331,15 +339,17 @@ def generate(cfg: Bench, work: Path, machine: dict[str, Any]) -> Iterator[dict[s
     a, b, ten, far = in_turn(
         cfg,
         f"generate {cfg.size} (tokens/s: ours, peer, 10 at once; ms/token)",
-        lambda _: call("our model.py", write_tokens, work, side=str(ROOT), batch=1, **full),
+        lambda _: call("our model.py", write_tokens, work, side=str(ROOT), batch=1, quantize=cfg.quantize, **full),
         (lambda _: call("the peer's model", write_tokens, work, side=cfg.peer, batch=1, **full)) if cfg.peer else None,
-        lambda _: call("our model.py", write_tokens, work, side=str(ROOT), batch=10, **full),
+        lambda _: call("our model.py", write_tokens, work, side=str(ROOT), batch=10, quantize=cfg.quantize, **full),
         lambda _: call("our model.py", time_tokens, work, **same),
     )
     c = model_config(TrainConfig(**SHAPES[cfg.size] | {"block_size": 1024, "bias": True}), vocab_size)
     weights = sum(parameters(c).values()) - c.block_size * c.n_embd  # of the positions only one row is read
-    limit = machine["read"] / (weights * (2 if cfg.dtype == "bfloat16" else 4))  # each token reads all weights
-    yield row(("generate", size, device, "tokens/s"), a, b, limit=limit, share=lambda speed: speed / limit)
+    peer_limit = machine["read"] / (weights * (2 if cfg.dtype == "bfloat16" else 4))  # each token reads all weights
+    limit = machine["read"] / weights if cfg.quantize else peer_limit
+    shares = {"share": lambda speed: speed / limit, "peer_share": lambda speed: speed / peer_limit}
+    yield row(("generate", size, device, "tokens/s"), a, b, limit=limit, **shares)
     gain = statistics.median(m.value for m in ten) / statistics.median(m.value for m in a)
     yield row(("generate: 10 at once (ratio: to 1)", size, device, "tokens/s"), ten, [], ratio=gain)
     flat = statistics.median(m.found["early"] for m in far) / statistics.median(m.value for m in far)

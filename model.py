@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -116,10 +117,11 @@ def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout) -> Tensor:
-    """softmax(Q K^T / sqrt(D) + causal mask) V, written out. q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout, mask: Tensor | None = None) -> Tensor:
+    """softmax(Q K^T / sqrt(D) + mask) V, written out. q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
 
-    The weights pass through `dropout`, so a forward hook on that module sees the (B, H, T, S) attention maps.
+    `mask` (T, S) is causal_mask's unless given. The weights pass through `dropout`, so a forward hook on that module
+    sees the (B, H, T, S) attention maps.
     """
     k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # (B, H, S, D): H/G query heads share one key/value head
     v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)  # (B, H, S, D)
@@ -127,20 +129,24 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout) -> 
     # A sum of D products of unit variance has variance D; unscaled, the softmax would be all but one-hot from the
     # start and pass next to no gradient.
     scores = scores / math.sqrt(q.size(-1))
+    if mask is None:
+        mask = causal_mask(q.size(2), k.size(2), q.device)
     # exp(-inf) = 0: a token gives no weight to its future, so all T predictions can be trained in one pass
-    scores = scores.masked_fill(~causal_mask(q.size(2), k.size(2), q.device), -math.inf)
+    scores = scores.masked_fill(~mask, -math.inf)
     weights = F.softmax(scores, dim=-1)  # (B, H, T, S): row t is the mixture that token t reads, it sums to 1
     return dropout(weights) @ v  # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout, mask: Tensor | None = None) -> Tensor:
     """The same in one fused kernel, where the (T, S) weights need never exist (arXiv:2205.14135)."""
     T, S = q.size(2), k.size(2)
     # is_causal lets the first query meet the first key: right when T == S only. One query alone may see every key.
-    mask = causal_mask(T, S, q.device) if 1 < T < S else None
+    is_causal = mask is None and T == S
+    if mask is None and 1 < T < S:
+        mask = causal_mask(T, S, q.device)
     dropout_p = dropout.p if dropout.training else 0.0
     gqa = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=T == S, enable_gqa=gqa)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, enable_gqa=gqa)
 
 
 ATTENTIONS = {"sdpa": sdpa_attention, "explicit": explicit_attention}
@@ -157,13 +163,19 @@ class KVCache:
         self.k, self.v = like.new_empty(shape), like.new_empty(shape)
         self.length = 0  # tokens held, S before the next append
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add k, v (B, G, T, D) and return all there are, (B, G, S, D), without a copy."""
+    def append(self, k: Tensor, v: Tensor, cache_position: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Add k, v (B, G, T, D) and return all there are, (B, G, S, D), without a copy.
+
+        k and v of one row are written to all rows: a prompt that all share. With `cache_position` (T) they go to these
+        places, and all block_size places are returned, filled or not: the shapes, and `length`, stay as they are.
+        """
+        if cache_position is not None:
+            return self.k.index_copy_(2, cache_position, k), self.v.index_copy_(2, cache_position, v)
         end = self.length + k.size(2)
         self.k[:, :, self.length : end] = k
         self.v[:, :, self.length : end] = v
         self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+        return self.k[: len(k), :, :end], self.v[: len(v), :, :end]
 
 
 class CausalSelfAttention(nn.Module):
@@ -174,13 +186,19 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
         self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
         # queries and keys of unit size keep the scores from growing during training (arXiv:2010.04245)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = NORMS[config.norm](config, self.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = NORMS[config.norm](config, self.head_dim) if config.qk_norm else nn.Identity()
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.attention = ATTENTIONS[config.attention]
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+        cache_position: Tensor | None = None,
+    ) -> Tensor:
         B, T, _ = x.shape
         # Each token makes a query (what it looks for), a key (what it can be found by), a value (what it then gives).
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2G, T, D)
@@ -188,14 +206,22 @@ class CausalSelfAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
+        mask = None
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, G, S, D)
-        y = self.attention(q, k, v, self.attn_dropout)  # (B, H, T, D)
+            k, v = cache.append(k, v, cache_position)  # (B, G, S, D)
+            if cache_position is not None:
+                mask = cache_position[:, None] >= torch.arange(k.size(2), device=x.device)  # (T, S)
+        y = self.attention(q, k, v, self.attn_dropout, mask)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H*D): the heads side by side
         return self.resid_dropout(self.c_proj(y))  # (B, T, C): mix what the heads found, back into the stream
 
 
 # -- the rest of a block ---------------------------------------------------------------------------------------------
+
+
+def relu2(x: Tensor) -> Tensor:
+    x = F.relu(x)
+    return x * x  # a third cheaper than square(), forward and backward
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -206,13 +232,13 @@ def swiglu(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,  # Hendrycks & Gimpel 2016, arXiv:1606.08415
     "gelu_tanh": partial(F.gelu, approximate="tanh"),  # the approximation that GPT-2 was trained with
-    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, arXiv:2109.08668
+    "relu2": relu2,  # So et al. 2021, arXiv:2109.08668
     "swiglu": swiglu,  # Shazeer 2020, arXiv:2002.05202
 }
 
-NORMS: dict[str, Callable[[GPTConfig], nn.Module]] = {
-    "layernorm": lambda config: nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias),
-    "rmsnorm": lambda config: nn.RMSNorm(config.n_embd, eps=config.norm_eps),  # arXiv:1910.07467
+NORMS: dict[str, Callable[[GPTConfig, int], nn.Module]] = {
+    "layernorm": lambda config, width: nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias),
+    "rmsnorm": lambda config, width: nn.RMSNorm(width, eps=config.norm_eps),  # arXiv:1910.07467
 }
 
 
@@ -233,14 +259,84 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = NORMS[config.norm](config)
+        self.ln_1 = NORMS[config.norm](config, config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = NORMS[config.norm](config)
+        self.ln_2 = NORMS[config.norm](config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rope, cache)  # (B, T, C)
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+        cache_position: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rope, cache, cache_position)  # (B, T, C)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
+
+
+# -- the loss over a large vocabulary, whose logits, (B*T, V), would be the largest tensor of a step by far ----------
+
+LARGE_VOCAB = 4096  # from here on the loss in chunks is faster than the plain one; below, it is the other way round
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """F.cross_entropy(x @ weight.T, targets, ignore_index=-1), a chunk of rows at a time; N is B*T.
+
+    The gradients are made along with the loss, while a chunk's logits are there, so that each is computed once only;
+    backward multiplies them by what comes from above. (torch's own, new in 2.13, does not follow autocast.)
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, training: bool) -> Tensor:
+        device, rows = x.device.type, max(256, math.ceil(len(x) / 8))  # fewer would leave matrix products too small
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        exact = torch.promote_types(dtype, torch.float32)  # of the softmax
+        head, loss = weight.to(dtype), x.new_zeros((), dtype=exact)
+        if training:
+            grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        for start in range(0, len(x), rows):
+            part, y = x[start : start + rows].to(dtype), targets[start : start + rows, None]  # (n, C), (n, 1)
+            counts = y != -1
+            y = y.where(counts, 0)
+            p = F.log_softmax(part @ head.t(), dim=-1, dtype=exact)  # (n, V)
+            loss -= (p.gather(1, y) * counts).sum()
+            if training:  # d loss / d logits is p - 1 for the target, p for the others
+                p = p.exp_().scatter_add_(1, y, p.new_full(y.shape, -1.0)).mul_(counts).to(dtype)
+                grad_x[start : start + rows] = p @ head  # (n, C)
+                if dtype == weight.dtype:
+                    grad_weight.addmm_(p.t(), part)  # (V, n) @ (n, C)
+                else:
+                    grad_weight += p.t() @ part
+            del p  # before there is the next
+        n = (targets != -1).sum()
+        if training:
+            ctx.save_for_backward(grad_x, grad_weight, n)
+        return loss / n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_x, grad_weight, n = ctx.saved_tensors
+        grad = grad / n
+        return grad_x.mul_(grad), grad_weight.mul_(grad), None, None
+
+
+class TiedEmbedding(torch.autograd.Function):
+    """weight[idx], and the weight once more for the head: so its backward gets the head's gradient and adds its own to
+    it in place, where autograd would make a second (V, C), mostly zeros, to add the two."""
+
+    @staticmethod
+    def forward(ctx, idx: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(idx)
+        return F.embedding(idx, weight), weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, grad_weight: Tensor) -> tuple[None, Tensor]:
+        (idx,) = ctx.saved_tensors
+        # index_put_ and not index_add_, whose order of summation differs from time to time on GPUs
+        return None, grad_weight.index_put_((idx,), grad.type_as(grad_weight), accumulate=True)
 
 
 # -- the model -------------------------------------------------------------------------------------------------------
@@ -268,7 +364,7 @@ class GPT(nn.Module):
             self.transformer.wpe.requires_grad_(False)
         self.transformer["drop"] = nn.Dropout(config.dropout)
         self.transformer["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.transformer["ln_f"] = NORMS[config.norm](config)
+        self.transformer["ln_f"] = NORMS[config.norm](config, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights()
         if config.tie_embeddings:  # what a token means and how it is predicted: one vector (arXiv:1608.05859)
@@ -289,17 +385,30 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, cache: list[KVCache] | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        cache: list[KVCache] | None = None,
+        cache_position: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """idx (B, T) -> logits (B, T, V) and the mean loss in nats against targets (B, T), where -1 does not count.
 
-        Without targets: the last position's logits, (B, 1, V), and None. With a cache, idx continues what it holds.
+        From a vocabulary of LARGE_VOCAB on, targets give the loss alone, and None: all logits are never there at once.
+        Without targets: the last position's logits, (B, 1, V), and None. With a cache, idx continues what it holds;
+        with `cache_position` too, the places (T) of idx in it, shapes are the same at any length: one graph serves all.
         """
         _, T = idx.shape
-        start = cache[0].length if cache is not None else 0
-        assert start + T <= self.config.block_size, f"{start + T} tokens do not fit block_size={self.config.block_size}"
-        pos = torch.arange(start, start + T, device=idx.device)  # (T)
-        x = self.transformer.wte(idx)  # (B, T, C)
+        pos = cache_position  # (T)
+        if pos is None:
+            start = cache[0].length if cache is not None else 0
+            end = start + T
+            assert end <= self.config.block_size, f"{end} tokens do not fit block_size={self.config.block_size}"
+            pos = torch.arange(start, end, device=idx.device)  # (T)
+        chunked, head = targets is not None and self.config.vocab_size >= LARGE_VOCAB, self.lm_head.weight
+        if chunked and self.config.tie_embeddings:
+            x, head = TiedEmbedding.apply(idx, head)  # (B, T, C), (V, C)
+        else:
+            x = self.transformer.wte(idx)  # (B, T, C)
         if "wpe" in self.transformer:
             x = x + self.transformer.wpe(pos)  # (B, T, C) + (T, C)
         rope = None
@@ -307,10 +416,12 @@ class GPT(nn.Module):
             rope = rotary_table(pos, self.config.head_dim, self.config.rope_theta)  # (T, D) twice
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, rope, cache[layer] if cache is not None else None)  # (B, T, C)
+            x = block(x, rope, cache[layer] if cache is not None else None, cache_position)  # (B, T, C)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
+        if chunked:
+            return None, LinearCrossEntropy.apply(x.flatten(0, 1), head, targets.flatten(), torch.is_grad_enabled())
         logits = self.lm_head(x)  # (B, T, V)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
@@ -346,28 +457,42 @@ class GPT(nn.Module):
         generators: Sequence[torch.Generator],
         vocab_size: int | None = None,
         kv_cache: bool = True,
+        step: Callable[..., tuple[Tensor, None]] | None = None,
         **sampling: float | None,
     ) -> Iterator[Tensor]:
         """Continue idx (B, T): yield max_new_tokens times the next token of each sequence, (B, 1).
 
+        There is a generator for each sequence; idx (1, T) is a prompt that all share, and is read once.
         Of ids from `vocab_size` on (padding of the head) none is drawn; `generators` and `sampling`: see next_token.
+        `step` is a compiled `forward`, for one new token at a time: it always sees the same shapes.
         A full cache is filled again from the most recent half of block_size, so a token's cost stays bounded;
         kv_cache=False recomputes the last block_size tokens for each.
         """
-        block_size = self.config.block_size
-        cache = (
-            [KVCache(self.config, len(idx), like=self.lm_head.weight) for _ in self.transformer.h] if kv_cache else None
-        )
-        new = idx[:, -block_size:]
+        block_size, B = self.config.block_size, len(generators)
+        new, idx = idx[:, -block_size:], idx.expand(B, -1)  # (1 or B, T), (B, T)
+        cache = None
+        if kv_cache:
+            cache = [KVCache(self.config, B, like=self.transformer.wte.weight) for _ in self.transformer.h]
+        if step is not None:
+            for tensor in (tensor for layer in cache for tensor in (layer.k, layer.v)):
+                tensor.zero_()  # places not filled weigh 0, and 0 x nan would be nan
+                torch._dynamo.mark_static_address(tensor, guard=False)  # so that CUDA graphs may write to it
         for _ in range(max_new_tokens):
+            length = cache[0].length if cache is not None else 0
             if cache is None:
                 new = idx[:, -block_size:]
-            elif cache[0].length + new.size(1) > block_size:
+            elif length + new.size(1) > block_size:
                 for layer in cache:
                     layer.length = 0
                 new = idx[:, -max(1, block_size // 2) :]
-            logits, _ = self(new, cache=cache)  # (B, 1, V)
-            new = next_token(logits[:, -1, :vocab_size], generators, seen=idx, **sampling)  # (B, 1)
+            if step is None or length == 0 or new.size(1) > 1:
+                logits, _ = self(new, cache=cache)  # (1 or B, 1, V)
+            else:
+                logits, _ = step(new, cache=cache, cache_position=torch.tensor([length], device=new.device))
+                for layer in cache:
+                    layer.length += 1
+            logits = logits[:, -1, :vocab_size].expand(B, -1)  # (B, V)
+            new = next_token(logits, generators, seen=idx, **sampling)  # (B, 1)
             idx = torch.cat((idx, new), dim=1)  # (B, T + 1)
             yield new
 

@@ -60,20 +60,20 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            matrices, momentum = group["params"], group["momentum"]
-            for matrix in matrices:
-                self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
-            gradients = torch.stack([matrix.grad for matrix in matrices])  # (n, rows, columns)
-            buffers = torch.stack([self.state[matrix]["momentum_buffer"] for matrix in matrices])
-            lr = group["lr"]
-            if self.found_inf is not None:  # on a bad step nothing changes; no waiting for the device to know
+            matrices, momentum, lr = group["params"], group["momentum"], group["lr"]
+            if self.found_inf is not None:
                 lr = lr * (1 - self.found_inf)
-                gradients = torch.where(self.found_inf > 0, buffers, gradients)
-            buffers.lerp_(gradients, 1 - momentum)
-            updates = orthogonalize(gradients.lerp_(buffers, momentum), self.dtype)  # Nesterov's look ahead
+            updates = []
+            for matrix in matrices:
+                buffer = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+                gradient = matrix.grad
+                if self.found_inf is not None:  # on a bad step nothing changes; no waiting for the device to know
+                    gradient = torch.where(self.found_inf > 0, buffer, gradient)
+                buffer.lerp_(gradient, 1 - momentum)
+                updates.append(gradient.lerp(buffer, momentum))  # Nesterov's look ahead
+            updates = orthogonalize(torch.stack(updates), self.dtype)  # (n, rows, columns)
             updates *= -lr * math.sqrt(max(1, updates.size(1) / updates.size(2)))
-            for matrix, buffer, update in zip(matrices, buffers, updates, strict=True):
-                self.state[matrix]["momentum_buffer"].copy_(buffer)
+            for matrix, update in zip(matrices, updates, strict=True):
                 matrix.mul_(1 - lr * group["weight_decay"]).add_(update)
 
 

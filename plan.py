@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 GPT2 = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 GPT2_TOKENS_PER_STEP = 12 * 1024 * 40  # configs/train_gpt2.py; GPT-3's, for models of 125M to 760M (arXiv:2005.14165)
+LARGE_VOCAB = 4096  # model.py's: from here on the loss is computed a chunk of rows at a time
 ASSUMED_MFU = 0.4  # what compiled training of a GPT reaches of a device's peak is mostly from 0.3 to 0.5
 
 # Memory in GB, from the vendors' data sheets; the smaller, where a device is sold with two
@@ -38,14 +39,14 @@ def parameters(c: "GPTConfig") -> dict[str, int]:
     """How many weights each part of the model has. What is tied is counted once."""
     C, H, G, D, F = c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.n_inner
     up = 2 * F if c.mlp == "swiglu" else F  # swiglu: gate and value
-    norm = 2 * C if c.norm == "layernorm" and c.bias else C  # gain, bias
+    vectors = 2 if c.norm == "layernorm" and c.bias else 1  # of a norm: gain, bias
     positions = c.block_size * C if c.position in ("learned", "sinusoidal") else 0
     attention = C * (H + 2 * G) * D + H * D * C + c.bias * ((H + 2 * G) * D + C)  # c_attn, c_proj, their biases
     return {
         "embeddings": (1 if c.tie_embeddings else 2) * c.vocab_size * C + positions,
         "attention": c.n_layer * attention,
         "MLP": c.n_layer * (C * up + F * C + c.bias * (up + C)),
-        "norms": c.n_layer * (2 * norm + 2 * D * c.qk_norm) + norm,
+        "norms": vectors * (c.n_layer * (2 * C + 2 * D * c.qk_norm) + C),
     }
 
 
@@ -68,6 +69,11 @@ def fused(c: "GPTConfig", gpu: bool) -> bool:
     return c.attention == "sdpa" and (gpu or not c.dropout)
 
 
+def rows_of_logits(c: "GPTConfig", n: int) -> int:
+    """How many of the logits' n rows, one for each token, the loss has at once: see LinearCrossEntropy in model.py."""
+    return n if c.vocab_size < LARGE_VOCAB else min(n, max(256, math.ceil(n / 8)))
+
+
 def kept_for_backward(c: "GPTConfig", B: int, width: int, gpu: bool, recomputed: bool = False) -> dict[str, int]:
     """Bytes of what autograd keeps from the forward pass on B sequences, by part, until backward has used it.
 
@@ -83,9 +89,10 @@ def kept_for_backward(c: "GPTConfig", B: int, width: int, gpu: bool, recomputed:
     norm = 4 * n * (C + 2) if c.norm == "layernorm" else 4 * n * (C + 1 + C * (not gpu))
 
     attention = width * n * C + mask * n * C  # c_attn's input, resid_dropout
-    if c.qk_norm:  # 1/rms, on CPUs q/rms and k/rms; q and k themselves, in float32
-        attention += 4 * n * (H + G) * (1 + D * (not gpu) + D * half)
-    if fused(c, gpu) or (c.qk_norm and not half):
+    as_float = half and (gpu or c.norm == "rmsnorm")  # CPUs have a layernorm that takes 16-bit numbers as they are
+    if c.qk_norm:  # as above; but of q and k themselves only copies in float32
+        attention += 4 * n * (H + G) * ((2 if c.norm == "layernorm" else 1 + D * (not gpu)) + D * as_float)
+    if fused(c, gpu) or (c.qk_norm and not as_float):
         attention += width * n * (H + 2 * G) * D  # q, k, v in one tensor
     if fused(c, gpu):
         attention += width * n * H * D + 4 * n * H  # y; for each row of attention weights, the logarithm of its sum
@@ -107,7 +114,10 @@ def kept_for_backward(c: "GPTConfig", B: int, width: int, gpu: bool, recomputed:
     mlp = width * n * C + mask * n * C + width * n * (4 if c.mlp == "swiglu" else 2) * F
     mlp += 4 * n * F if c.mlp == "relu2" and gpu and half else 0  # GPUs square in float32
 
-    matrices = V * C + c.n_layer * (C * (H + 2 * G) * D + H * D * C + (3 if c.mlp == "swiglu" else 2) * C * F)
+    large = V >= LARGE_VOCAB  # the loss keeps not the logits but the gradients of the head's input and weights
+    loss = 4 * (n + V) * C if large else width * n * C + 4 * n * V + 8 * n  # else that input, log softmax, targets
+    matrices = c.n_layer * (C * (H + 2 * G) * D + H * D * C + (3 if c.mlp == "swiglu" else 2) * C * F)
+    matrices += 0 if large else V * C
     norms = (2 * c.n_layer + 1) * norm
     if recomputed:
         norms, attention, mlp = norm, 0, 4 * n * C
@@ -117,7 +127,7 @@ def kept_for_backward(c: "GPTConfig", B: int, width: int, gpu: bool, recomputed:
         "norms": norms,
         "attention": c.n_layer * attention,
         "MLP": c.n_layer * mlp,
-        "logits": width * n * C + 4 * n * V + 8 * n,  # the head's input; the loss keeps log softmax and targets
+        "loss": loss,
         "16-bit weights": 2 * matrices if half else 0,
     }
 
@@ -149,8 +159,17 @@ def memory(
         weights, trained = weights // processes, trained // processes
     buckets = trained if processes > 1 and not sharded else 0  # DDP's copy of the gradients
     before = buckets + (trained if micro_steps > 1 else 0)  # and what earlier micro-batches have summed up
-    # the head's gradient comes first; the embeddings', as large, comes last and is added to the head's where tied
-    head = 4 * V * C
+    # the head's gradient comes first; the embeddings', as large, comes last and is added to the head's where tied: in
+    # place, where the vocabulary is large
+    head, large = 4 * V * C, V >= LARGE_VOCAB
+    second = head * ((c.tie_embeddings and not large) + (micro_steps > 1))
+
+    def in_loss(n: int, training: bool) -> int:  # of logits for n tokens
+        at_once = rows_of_logits(c, n) * V
+        if not large:  # the gradients of log softmax, of the logits; or the logits, in float32 too, and log softmax
+            return 2 * 4 * at_once if training else (8 if width == 4 else 10) * at_once
+        # logits, in float32 too, log softmax; in 16 bits also the head, and what a chunk adds to its gradient
+        return (8 if width == 4 else 6 if gpu else 10) * at_once + (0 if width == 4 else 2 * V * C * (1 + training))
 
     # in the last block: the gradients of the stream, of c_fc's input, of what is inside the MLP, of a matrix; or, when
     # that is done, of the stream, of the attention weights, and of the scores that they are made of
@@ -162,19 +181,19 @@ def memory(
     if recomputed:
         block += sum(again[part] for part in ("norms", "attention", "MLP")) // c.n_layer
 
-    # evaluation keeps nothing, drops nothing, and has batches of its own, of m tokens: the logits, in float32 too, and
-    # log softmax; or what is inside an MLP; or q, k, v, their copies, the scores and the attention weights
+    # evaluation keeps nothing, drops nothing, and has batches of its own, of m tokens: the loss; or what is inside an
+    # MLP; or q, k, v, their copies, the scores and the attention weights
     rows = max(1, min(EVAL_TOKENS // T, eval_windows))
     m, scores = rows * T, (width + (4 if gpu else width)) * rows * H * T * T if c.attention == "explicit" else 0
     evaluation = max(
-        (8 if width == 4 else 10) * m * V,
+        in_loss(m, training=False),
         4 * 2 * m * C + width * m * (C + {"relu2": 3, "swiglu": 4}.get(c.mlp, 2) * F),
         4 * 2 * m * C + width * m * (C + 2 * (H + 2 * G) * D) + scores,
     )
     moments = {  # gradients, activations, temporary
-        "loss, backward": (before, sum(kept.values()), 2 * 4 * n * V),  # the gradients of log softmax, of the logits
-        "blocks, backward": (before + head, sum(kept.values()) - kept["logits"], block),
-        "end of backward": (buckets + trained, 0, head * (c.tie_embeddings + (micro_steps > 1))),
+        "loss": (before, sum(kept.values()), in_loss(n, training=True)),
+        "blocks, backward": (before + head, sum(kept.values()) - kept["loss"], block),
+        "end of backward": (buckets + trained, 0, second),
         "evaluation": (buckets, kept["16-bit weights"], evaluation),
     }
     always = {"weights": weights, "AdamW": 2 * trained}  # two running averages for each weight

@@ -23,6 +23,7 @@ import torch
 import checkpoint
 from data import find_dataset, read_meta
 from model import GPT
+from packed import pack
 from tokenizer import Tokenizer, encode_prompt, from_description
 
 SEPARATOR = "---------------"  # between samples, as nanoGPT prints it
@@ -127,16 +128,24 @@ def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
     for parameter in model.parameters():  # generating reads every weight for every token: half the bytes, half the time
         parameter.data = parameter.data.to(device, dtype)
     model.eval()
-    if cfg.compile is True:  # shapes grow with each token, so one graph for all of them
+    if cfg.interactive:
+        cfg.num_samples = 1 if origin["num_samples"] == "default" else cfg.num_samples
+    # streamed samples come one after the other; each draws from its own seed, so they are the same as side by side
+    one_by_one = cfg.stream or cfg.interactive
+    step = None
+    if cfg.compile is True and cfg.kv_cache:  # on GPUs a step is then one CUDA graph; "auto": on CPUs it gains nothing
         print("compiling the model takes half a minute", file=sys.stderr)
-        model.compile(dynamic=True)
+        mode = "reduce-overhead" if device.type == "cuda" else None
+        step = torch.compile(model.forward, fullgraph=True, dynamic=False, mode=mode)
+    else:
+        pack(model, 1 if one_by_one else cfg.num_samples, cfg.quantize)
 
     def generate(prompt: str, samples: Sequence[int], stream: bool) -> int:
         """Write a continuation of the prompt for each number in `samples`, side by side; returns the tokens made."""
         ids = encode_prompt(tokenizer, prompt)
         if not ids:
             raise ValueError("start is empty: the model needs at least one token to go on from")
-        idx = torch.tensor([ids] * len(samples), device=device)  # (B, T)
+        idx = torch.tensor([ids], device=device)  # (1, T), read once for all samples
         texts = [Text(tokenizer, cfg.stop) for _ in samples]
         tokens = model.generate(
             idx,
@@ -144,6 +153,7 @@ def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
             [torch.Generator().manual_seed(cfg.seed + sample) for sample in samples],
             vocab_size=tokenizer.vocab_size,
             kv_cache=cfg.kv_cache,
+            step=step,
             temperature=cfg.temperature,
             top_k=cfg.top_k,
             top_p=cfg.top_p,
@@ -170,12 +180,9 @@ def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
 
     started, made = time.perf_counter(), 0
     if cfg.interactive:
-        cfg.num_samples = 1 if origin["num_samples"] == "default" else cfg.num_samples
         print("a prompt a line, end with Ctrl-D", file=sys.stderr)
     prompts = iter_prompts() if cfg.interactive else [read_prompt(cfg.start)]
     for prompt in prompts:
-        # streamed samples come one after the other; each draws from its own seed, so they are the same as side by side
-        one_by_one = cfg.stream or cfg.interactive
         batches = [[i] for i in range(cfg.num_samples)] if one_by_one else [range(cfg.num_samples)]
         for samples in batches:
             try:

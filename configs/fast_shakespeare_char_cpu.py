@@ -3,7 +3,7 @@
 #
 #   python train.py configs/fast_shakespeare_char_cpu.py
 #
-# 2 CPU cores, 20 seconds, val loss 1.89. With --max_iters=2000 (2 minutes): see README.md, "How fast".
+# 2 CPU cores, 17 seconds, val loss 1.88 (the whole split: 1.90).
 
 out_dir = "out-fast-shakespeare-char-cpu"
 eval_interval = 1000
@@ -32,6 +32,6 @@ learning_rate = 0.02
 weight_decay = 0.0
 schedule = "wsd"
 decay_fraction = 1.0
-max_iters = 220
+max_iters = 215
 warmup_iters = 0
 min_lr = 0.0

@@ -4,20 +4,25 @@ import itertools
 import json
 import math
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import logits_process
 
 from model import (
     ACTIVATIONS,
     GPT,
+    LARGE_VOCAB,
     NORMS,
     POSITIONS,
     GPTConfig,
+    LinearCrossEntropy,
     explicit_attention,
     next_token,
     sdpa_attention,
@@ -263,6 +268,33 @@ def test_cached_greedy_is_uncached(switches):
     assert greedy(model, idx, 12).tolist() == greedy(model, idx, 12, kv_cache=False).tolist()
 
 
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_steps_of_constant_shape_make_the_same_tokens(switches):
+    model, idx, shapes = make(**switches), tokens(3, 4), []
+
+    def step(idx, cache, cache_position):
+        shapes.append((idx.shape, cache_position.shape))
+        return model(idx, cache=cache, cache_position=cache_position)
+
+    assert greedy(model, idx, 40, step=step).tolist() == greedy(model, idx, 40).tolist()  # the cache is refilled twice
+    assert len(shapes) > 30 and set(shapes) == {((3, 1), (1,))}
+
+
+def test_a_shared_prompt_is_the_prompt_of_each_row():
+    model, idx = make(), tokens(1, 40)
+    for kv_cache in (True, False):
+        shared = model.generate(idx, 30, seeds(4), kv_cache=kv_cache)
+        apart = model.generate(idx.expand(4, -1), 30, seeds(4), kv_cache=kv_cache)
+        assert torch.equal(torch.cat(list(shared), dim=1), torch.cat(list(apart), dim=1))
+
+
+def test_a_shared_prompt_is_read_once():
+    model, rows = make(), []
+    model.transformer.wte.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    assert len(list(model.generate(tokens(1, 4), 3, seeds(5)))) == 3
+    assert rows == [1, 5, 5]
+
+
 def test_the_cache_refills_from_the_most_recent_half():
     model, idx = make(), tokens(2, 4)
     everything = torch.cat((idx, greedy(model, idx, 60)), dim=1)
@@ -395,6 +427,89 @@ def test_targets_of_minus_one_do_not_count():
     masked = targets.clone()
     masked[:, 4:] = -1
     torch.testing.assert_close(model(idx, masked)[1], model(idx[:, :4], targets[:, :4])[1])
+
+
+def loss_and_gradients(loss: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> list[torch.Tensor]:
+    value = loss(*inputs)
+    return [value.detach(), *torch.autograd.grad(3 * value, inputs)]  # 3: what comes from above matters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "rows", [1, 256, 700, 2100]
+)  # in one chunk, one full one, with a rest, larger ones with a rest
+def test_the_loss_in_chunks_is_cross_entropy(rows, dtype):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(rows, 24, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(300, 24, generator=generator, dtype=dtype).requires_grad_()
+    targets = tokens(rows, vocab_size=300)
+    targets[1::3] = -1
+    targets[500:] = -1
+    chunked = loss_and_gradients(lambda x, weight: LinearCrossEntropy.apply(x, weight, targets, True), x, weight)
+    plain = loss_and_gradients(lambda x, weight: F.cross_entropy(x @ weight.t(), targets, ignore_index=-1), x, weight)
+    torch.testing.assert_close(chunked, plain)
+    with torch.no_grad():
+        assert torch.equal(LinearCrossEntropy.apply(x, weight, targets, False), chunked[0])
+
+
+def test_the_loss_in_chunks_of_no_target_and_of_wrong_ones_is_cross_entropys():
+    x, weight = torch.randn(2, 300, 8, generator=torch.Generator().manual_seed(2))
+    assert LinearCrossEntropy.apply(x, weight, torch.full((300,), -1), False).isnan()
+    for wrong in (-2, 300):
+        with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+            LinearCrossEntropy.apply(x, weight, torch.full((300,), wrong), False)
+
+
+@pytest.mark.parametrize(
+    "dtype, scale, tolerance",
+    [(torch.float32, 1, 1e-5), (torch.bfloat16, 1, 0.03), (torch.float16, 1, 0.01), (torch.float16, 2**16, 0.01)],
+    ids=str,
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_large_vocabulary_is_trained_on_as_a_small_one(monkeypatch, tied, dtype, scale, tolerance):
+    model = make(vocab_size=LARGE_VOCAB, block_size=200, tie_embeddings=tied, position="rope")
+    idx = tokens(3, 200, vocab_size=50)  # each many times
+    targets = tokens(3, 200, vocab_size=LARGE_VOCAB).masked_fill(idx == 7, -1)
+
+    def train() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        for micro_batch in (slice(2), slice(2, 3)):  # the second is added to what the first has left
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = model(idx[micro_batch], targets[micro_batch])[1]
+            (scale * loss).backward()
+        return loss.detach(), {name: parameter.grad / scale for name, parameter in model.named_parameters()}
+
+    loss, gradients = train()
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        logits, evaluated = model(idx[2:], targets[2:])
+    assert logits is None
+    torch.testing.assert_close(evaluated, loss)
+    monkeypatch.setattr("model.LARGE_VOCAB", math.inf)
+    plain_loss, plain = train()
+    torch.testing.assert_close(loss, plain_loss, rtol=tolerance, atol=0)
+    for name, gradient in gradients.items():
+        assert (gradient - plain[name]).norm() <= tolerance * plain[name].norm(), name
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            self.numel = max(self.numel, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_logits_of_a_large_vocabulary_are_never_there_at_once(training):
+    model = make(vocab_size=LARGE_VOCAB, block_size=512)
+    idx = tokens(4, 512, vocab_size=LARGE_VOCAB)
+    with LargestTensor() as largest, torch.set_grad_enabled(training):
+        loss = model(idx, idx.roll(-1, 1))[1]
+        if training:
+            loss.backward()
+    assert largest.numel == 256 * LARGE_VOCAB  # of 2048 rows
 
 
 @pytest.mark.parametrize("position", POSITIONS)

@@ -204,6 +204,8 @@ def test_bytes_that_are_no_text_are_shown_as_such():
         (["--temperature=inf"], "temperature=inf: too large"),
         ([f"--seed={2**63}"], f"seed={2**63}: too large"),
         (["--stop=a", "--stop="], "stop=''"),
+        (["--quantize=int8", "--compile"], "quantize='int8': does not work with compile=True"),
+        (["--quantize=int4"], "quantize='int4': expected int8 | None"),
         (["--out_dir=nowhere"], "no checkpoint nowhere/ckpt.pt"),
         (["--out_dir=latin.txt"], "latin.txt"),
         (["--init_from=gpt5"], "init_from='gpt5': expected resume"),
@@ -235,3 +237,9 @@ def test_weights_that_are_not_numbers_are_refused(sample, out_dir, tmp_path):
     torch.save(saved, tmp_path / "ckpt.pt")
     result = sample(f"--out_dir={tmp_path}")
     assert result.code == 2 and "not all finite" in result.err
+
+
+@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="not an x86 CPU")
+def test_int8_samples_do_not_depend_on_how_many_there_are(sample):
+    options = ("--quantize=int8", "--start=the ")
+    assert texts(sample(*options, "--num_samples=3"))[:1] == texts(sample(*options, "--num_samples=1"))

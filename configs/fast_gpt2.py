@@ -1,0 +1,31 @@
+# GPT-2 124M on OpenWebText as train_gpt2.py, with what has been learnt since: rotary positions, RMSNorm, normalised
+# queries and keys, squared ReLU, Muon, warm-up - stable - decay. First: python prepare/openwebtext.py
+#
+#   torchrun --standalone --nproc_per_node=8 train.py configs/fast_gpt2.py
+#
+# Eight GPUs. Time and loss not measured: no GPU was at hand. The rates are those usual for Muon at this size.
+
+out_dir = "out-fast-gpt2"
+eval_interval = 250
+eval_iters = 200
+log_interval = 10
+
+dataset = "openwebtext"
+batch_size = 12
+block_size = 1024
+gradient_accumulation_steps = 5 * 8  # 491,520 tokens an iteration
+
+position = "rope"
+norm = "rmsnorm"
+qk_norm = True
+mlp = "relu2"
+
+optimizer = "muon"
+muon_lr = 0.02
+learning_rate = 0.003
+weight_decay = 0.1
+schedule = "wsd"
+decay_fraction = 0.4
+max_iters = 20000  # 9.8 billion tokens
+warmup_iters = 250
+min_lr = 0.0

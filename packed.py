@@ -1,0 +1,80 @@
+"""Linear layers that hold their weights as the CPU's fastest kernels read them: to generate with, not to train.
+
+Generating reads every weight for every token, so a token takes as long as reading them: fewer bytes (16 bits, 8 bits)
+and kernels that need not arrange them anew are all there is to gain.
+"""
+
+import math
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from model import GPT
+
+
+class PackedLinear(nn.Module):
+    """The same product from weights laid out once for oneDNN, which otherwise arranges them anew for each token."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+# fbgemm adds pairs of products in 16 bits where the CPU has no VNNI instructions: 7 bits of x do not overflow them
+LEVELS = 127 if torch.cpu._is_vnni_supported() else 63
+
+
+class Int8Linear(nn.Module):
+    """The product with weights rounded to 8 bits, one scale for each output, and x to as many, one scale for each row.
+
+    The 8-bit products add up exactly, so a row is the same alone and in a batch.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach().float()  # (out, in)
+        self.scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out)
+        self.weight = torch.round(weight / self.scale[:, None]).to(torch.int8)  # (out, in)
+        zero_points = torch.zeros(len(weight), dtype=torch.int64)
+        with warnings.catch_warnings():  # the kernel's own format is on its way out, the kernel is not
+            warnings.simplefilter("ignore")
+            packed = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(), zero_points, 0)
+        self.packed = torch.ops.quantized.linear_prepack(packed, None)
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True).float()  # (B, T, 1)
+        scale = largest.clamp(min=1e-12) / LEVELS
+        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x / scale, 1.0, LEVELS + 1, self.packed)
+        y = y * scale if self.bias is None else torch.addcmul(self.bias, y, scale)
+        return y.type_as(x)
+
+
+def pack(model: GPT, batch_size: int, quantize: str | None = None) -> None:
+    """Replace the model's linear layers by ones that read their weights faster; the model can then only generate.
+
+    Without `quantize` the results are the same but for rounding. Nothing changes where nothing is gained: on GPUs, and
+    for a single sample in float32, which PyTorch already generates as fast as memory can be read.
+    """
+    weight = model.transformer.wte.weight
+    if quantize == "int8":
+        if weight.device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
+            raise ValueError(f"quantize='int8': works on x86 CPUs, not on {weight.device.type} here")
+        torch.backends.quantized.engine = "fbgemm"
+        kind = Int8Linear
+    elif weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return
+    else:
+        gains = {torch.float32: batch_size > 1, torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported()}
+        if not gains.get(weight.dtype, False):
+            return
+        kind = PackedLinear
+    for module in list(model.modules()):
+        for name, linear in module.named_children():
+            if isinstance(linear, nn.Linear):
+                setattr(module, name, kind(linear))

@@ -1,0 +1,51 @@
+"""packed.py against plain linear layers."""
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from packed import Int8Linear, PackedLinear, pack
+
+
+def logits(dtype: torch.dtype, quantize: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one prompt three times, (3, V), plain and packed."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=301, n_layer=2, n_head=4, n_embd=64)).to(dtype).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    idx = torch.randint(301, (1, 20)).expand(3, -1)
+    with torch.inference_mode():
+        plain = model(idx)[0][:, -1].float()
+        pack(model, 3, quantize)
+        assert not any(type(module) is torch.nn.Linear for module in model.modules())
+        alone, together = model(idx[:1])[0][:, -1].float(), model(idx)[0][:, -1].float()
+    torch.testing.assert_close(together, alone.expand(3, -1), rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 0.05)
+    return plain, together
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_packed_products_are_the_plain_ones(dtype, tolerance):
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("a CPU without bfloat16 products")
+    plain, together = logits(dtype)
+    assert (together - plain).norm() < tolerance * plain.norm()
+    linear = torch.nn.Linear(64, 48, bias=False, dtype=dtype)
+    x = torch.randn(2, 5, 64, dtype=dtype)
+    torch.testing.assert_close(PackedLinear(linear)(x), linear(x), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="not an x86 CPU")
+def test_int8_weights_are_within_half_a_step_and_logits_within_five_percent():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 48)
+    torch.backends.quantized.engine = "fbgemm"
+    quantized, x = Int8Linear(linear), torch.randn(7, 64)
+    weight = quantized.weight * quantized.scale[:, None]
+    assert ((weight - linear.weight).abs() <= 0.5001 * quantized.scale[:, None]).all()
+    # x is off by half a step of its row at most, and errors of both signs add up
+    expected = torch.nn.functional.linear(x, weight, linear.bias)
+    worst = 0.5 * x.abs().amax(dim=1, keepdim=True) / 63 * weight.abs().sum(dim=1)
+    assert ((quantized(x) - expected).abs() <= worst + 1e-5).all()
+    plain, together = logits(torch.float32, "int8")
+    assert 0 < (together - plain).norm() < 0.05 * plain.norm()
