@@ -277,7 +277,7 @@ class Block(nn.Module):
 
 # -- the loss over a large vocabulary, whose logits, (B*T, V), would be the largest tensor of a step by far ----------
 
-LARGE_VOCAB = 4096  # from here on the loss in chunks is faster than the plain one; below, it is the other way round
+LARGE_VOCAB = 4096  # on CPUs the loss in chunks is a quarter faster here, as fast at 1000, slower at 65: dev/LOG.md
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -334,9 +334,11 @@ class TiedEmbedding(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, grad_weight: Tensor) -> tuple[None, Tensor]:
-        (idx,) = ctx.saved_tensors
-        # index_put_ and not index_add_, whose order of summation differs from time to time on GPUs
-        return None, grad_weight.index_put_((idx,), grad.type_as(grad_weight), accumulate=True)
+        idx, grad = ctx.saved_tensors[0].flatten(), grad.flatten(0, 1).type_as(grad_weight)  # (N), (N, C)
+        # threads add in any order, so sums round differently each time: in index_put_ on CPUs, in index_add_ on GPUs
+        if grad.is_cuda:
+            return None, grad_weight.index_put_((idx,), grad, accumulate=True)
+        return None, grad_weight.index_add_(0, idx, grad)
 
 
 # -- the model -------------------------------------------------------------------------------------------------------

@@ -58,10 +58,17 @@ def flops_per_token(c: "GPTConfig") -> int:
     return 6 * multiplying + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
 
 
-def checkpoint_bytes(c: "GPTConfig") -> int:
-    """Of ckpt.pt: in float32 all weights, and AdamW's two averages of those that are trained."""
+def averages(c: "GPTConfig", muon: bool) -> int:
+    """Numbers that the optimizer keeps: AdamW two running averages for each weight, Muon one for each of its own."""
     fixed = c.block_size * c.n_embd if c.position == "sinusoidal" else 0
-    return 4 * (3 * sum(parameters(c).values()) - 2 * fixed)
+    C, H, G, D = c.n_embd, c.n_head, c.n_kv_head, c.head_dim
+    matrices = c.n_layer * C * ((H + 2 * G) * D + H * D + (3 if c.mlp == "swiglu" else 2) * c.n_inner)
+    return 2 * (sum(parameters(c).values()) - fixed) - (matrices if muon else 0)
+
+
+def checkpoint_bytes(c: "GPTConfig", muon: bool = False) -> int:
+    """Of ckpt.pt: all weights and the optimizer's averages, in float32."""
+    return 4 * (sum(parameters(c).values()) + averages(c, muon))
 
 
 def fused(c: "GPTConfig", gpu: bool) -> bool:
@@ -112,7 +119,6 @@ def kept_for_backward(c: "GPTConfig", B: int, width: int, gpu: bool, recomputed:
 
     # c_fc's input, dropout; then gate, value, silu(gate) and their product, or the activation's input and its result
     mlp = width * n * C + mask * n * C + width * n * (4 if c.mlp == "swiglu" else 2) * F
-    mlp += 4 * n * F if c.mlp == "relu2" and gpu and half else 0  # GPUs square in float32
 
     large = V >= LARGE_VOCAB  # the loss keeps not the logits but the gradients of the head's input and weights
     loss = 4 * (n + V) * C if large else width * n * C + 4 * n * V + 8 * n  # else that input, log softmax, targets
@@ -142,6 +148,7 @@ def memory(
     processes: int,
     sharded: bool = False,
     recomputed: bool = False,
+    muon: bool = False,
 ) -> dict[str, dict[str, int]]:
     """Bytes that one process holds at each moment that can be the run's peak: {moment: {part: bytes}}.
 
@@ -196,7 +203,7 @@ def memory(
         "end of backward": (buckets + trained, 0, second),
         "evaluation": (buckets, kept["16-bit weights"], evaluation),
     }
-    always = {"weights": weights, "AdamW": 2 * trained}  # two running averages for each weight
+    always = {"weights": weights, "optimizer": 4 * averages(c, muon) // (processes if sharded else 1)}
     return {
         moment: always | {"gradients": gradients, "activations": activations, "temporary": temporary + gathered}
         for moment, (gradients, activations, temporary) in moments.items()
@@ -329,13 +336,15 @@ def plan(cfg: TrainConfig, world_size: int = 1, plan_device: str | None = None) 
         if speed:
             lines["time"] = f"{timedelta(seconds=round(flops * tokens / speed))}, {speed / flops:,.0f} tokens/s"
             lines["time"] += f", assuming that {ASSUMED_MFU:.0%} of {device}'s peak is reached (MFU)"
-        lines["checkpoint"] = f"{checkpoint_bytes(c):,} bytes"
+        lines["checkpoint"] = f"{checkpoint_bytes(c, cfg.optimizer == 'muon'):,} bytes"
 
     width, windows = 4 if dtype == "float32" else 2, EVAL_BATCH * cfg.eval_iters or EVAL_TOKENS
     sharded, recomputed = cfg.strategy == "fsdp" and world_size > 1, cfg.activation_checkpointing
-    moments = memory(c, cfg.batch_size, width, gpu, windows, micro_steps, world_size, sharded, recomputed)
+    moments = memory(
+        c, cfg.batch_size, width, gpu, windows, micro_steps, world_size, sharded, recomputed, cfg.optimizer == "muon"
+    )
     if cfg.eval_only:
-        moments = {"evaluation": moments["evaluation"] | {"AdamW": 0, "gradients": 0}}
+        moments = {"evaluation": moments["evaluation"] | {"optimizer": 0, "gradients": 0}}
     totals = {moment: sum(parts.values()) for moment, parts in moments.items()}
     peak = max(totals.values())
     has = f", of {available / 1e9:,.0f} GB" if available else ""

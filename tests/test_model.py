@@ -491,6 +491,20 @@ def test_a_large_vocabulary_is_trained_on_as_a_small_one(monkeypatch, tied, dtyp
         assert (gradient - plain[name]).norm() <= tolerance * plain[name].norm(), name
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_gradients_of_a_large_vocabulary_are_the_same_each_time(tied):
+    model = make(vocab_size=LARGE_VOCAB, block_size=256, tie_embeddings=tied, n_layer=1)
+    idx, found = tokens(8, 256, vocab_size=5), []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # which must not race to add up the many gradients of each token
+    for _ in range(4):
+        model.zero_grad()
+        model(idx, idx)[1].backward()
+        found.append(model.transformer.wte.weight.grad.clone())
+    torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, found[0]) for gradient in found)
+
+
 class LargestTensor(TorchDispatchMode):
     numel = 0
 
