@@ -147,6 +147,7 @@ def check_loop(state: dict[str, Any]) -> None:
     def is_count(value: Any, low: int = 0) -> bool:
         return type(value) is int and low <= value < 2**63
 
+    recent = state.get("recent_losses", [])
     bad_steps, scaler = state.get("bad_steps", [0, 0, -1]), state.get("scaler") or {}
     sound = {
         "iter_num": is_count(state["iter_num"]),
@@ -156,6 +157,7 @@ def check_loop(state: dict[str, Any]) -> None:
         "evals_since_best": is_count(state.get("evals_since_best", 0)),
         "evaluated_iter": is_count(state.get("evaluated_iter", -1), low=-1),
         "bad_steps": isinstance(bad_steps, list) and len(bad_steps) == 3 and all(is_count(n, -1) for n in bad_steps),
+        "recent_losses": isinstance(recent, list) and all(isinstance(n, float) and math.isfinite(n) for n in recent),
         "scaler": not scaler or (scaler.keys() == SCALER and all(0 <= as_float(n) < math.inf for n in scaler.values())),
         "tokenizer": isinstance(state.get("tokenizer", {}), dict),
         "wandb_id": isinstance(state.get("wandb_id"), str | None),

@@ -294,6 +294,7 @@ PLAIN = {
     "elapsed_seconds": (None, "long", float("nan"), float("inf"), -1.0, LONG, []),
     "val_loss": (None, "low", [1.0], LONG),
     "bad_steps": (None, "abc", [1], [0.5, 0, 0], [HUGE, 0, 0], {}, [[0], 0, 0]),
+    "recent_losses": (None, 5, "abc", ["low"], [float("nan")], [[1.0]], {}),
     "evals_since_best": (None, "1", -1, 0.5, HUGE),
     "evaluated_iter": (None, "8", -2, HUGE),
     "tokenizer": (None, "char", 5, [], {}, {"kind": "char"}, {"kind": "byte"}, {"kind": ["char"]}, torch.ones(3)),
