@@ -79,7 +79,7 @@ def test_the_settings_asked_for_win_over_the_saved_ones(tmp_path):
     assert [group["betas"] for group in optimizer.param_groups] == [(0.8, 0.9)] * 2
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
     assert all(optimizer.state[parameter]["step"] == 3 for parameter in model.parameters())
-    with pytest.raises(ValueError, match="damaged or another model's"):
+    with pytest.raises(ValueError, match="damaged, or not this run's"):
         load_state(adamw(GPT(GPTConfig(**SIZES | {"n_layer": 3})), 1e-3, (0.9, 0.9), 0.1), saved["optimizer"])
 
 
@@ -98,7 +98,7 @@ def test_the_settings_asked_for_win_over_the_saved_ones(tmp_path):
 def test_damaged_optimizer_states_are_refused(damage):
     saved = nanogpt_checkpoint()[0]["optimizer"]
     damage(saved)
-    with pytest.raises(ValueError, match="damaged or another model's"):
+    with pytest.raises(ValueError, match="damaged, or not this run's"):
         load_state(adamw(GPT(GPTConfig(**SIZES)), 1e-3, (0.9, 0.9), 0.1), saved)
 
 
