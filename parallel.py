@@ -86,6 +86,8 @@ def try_compile(
     if wanted is False or (wanted == "auto" and device.type != "cuda"):
         return model, wrap(model, device)
     log.say("compiling the model (takes a minute, --compile=False goes without)")
+    if device.type == "cpu":  # else compiled code lets threads add up the embedding's gradients in any order
+        torch.use_deterministic_algorithms(True)
     reason = None
     try:
         compiled = torch.compile(model, dynamic=False)
