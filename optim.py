@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from parallel import share_out
+
 
 def adamw(model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101), fused, in nanoGPT's two groups: matrices and embeddings decay, gains and biases do not.
@@ -105,14 +107,10 @@ def load_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
         for index, parameter in zip(indices, parameters, strict=True):
             for key, value in state.get(index, {}).items():
                 if key != "step":
-                    state[index][key] = value = value[: len(parameter)]
+                    value = value[: len(parameter)]
                     if value.shape != parameter.shape:
                         raise ValueError(f"{key} of shape {tuple(value.shape)} for weights of {tuple(parameter.shape)}")
-                    if hasattr(parameter, "full_tensor"):  # shared out by FSDP: each process takes its part
-                        from torch.distributed.tensor import distribute_tensor
-
-                        mesh, placements = parameter.device_mesh, parameter.placements
-                        state[index][key] = distribute_tensor(value.to(mesh.device_type), mesh, placements)
+                    state[index][key] = share_out(value, like=parameter)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise ValueError(f"the checkpoint's optimizer state is damaged, or not this run's: {error}") from None
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from record import Log
@@ -58,11 +58,10 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
 
 def average_gradients(model: nn.Module, now: bool) -> None:
     """Whether the next backward pass averages gradients over the processes: the last one of a step is enough."""
-    for module in model.modules():
-        if isinstance(module, DistributedDataParallel):
-            module.require_backward_grad_sync = now
-        elif hasattr(module, "set_requires_gradient_sync"):  # an FSDPModule
-            module.set_requires_gradient_sync(now, recurse=False)
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = now
+    elif hasattr(model, "set_requires_gradient_sync"):  # an FSDPModule, which tells its blocks
+        model.set_requires_gradient_sync(now)
 
 
 def whole(value: Any, main: bool = True) -> Any:
@@ -73,6 +72,15 @@ def whole(value: Any, main: bool = True) -> Any:
         full = value.full_tensor()
         return full.cpu() if main else None
     return value
+
+
+def share_out(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, which every process has, as `like` is: this process's share of it, where that is shared out."""
+    if not is_sharded(like):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device_mesh.device_type), like.device_mesh, like.placements)
 
 
 def try_compile(

@@ -70,7 +70,10 @@ class Text:
 def load(cfg: SampleConfig) -> tuple[GPT, Tokenizer]:
     """The model, on the CPU, and the tokenizer that it was trained with."""
     if cfg.init_from != "resume":
-        return GPT.from_pretrained(cfg.init_from), from_description({"kind": "gpt2"})
+        model = GPT.from_pretrained(cfg.init_from)
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):  # of checkpoints, load looks
+            raise ValueError(f"the weights of {cfg.init_from} are not all finite")
+        return model, from_description({"kind": "gpt2"})
     path = Path(cfg.out_dir)
     if not path.is_file():
         path = next((p for p in (path / "best.pt", path / "ckpt.pt") if p.is_file()), path / "ckpt.pt")
@@ -123,8 +126,6 @@ def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.dtype, device)
     model, tokenizer = load(cfg)
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise ValueError(f"the weights of {cfg.out_dir} are not all finite: the run that made them had diverged")
     for parameter in model.parameters():  # generating reads every weight for every token: half the bytes, half the time
         parameter.data = parameter.data.to(device, dtype)
     model.eval()

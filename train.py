@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
 from types import FrameType
 
 from config import EVAL_BATCH, TrainConfig, one_line_errors, parse_command_line, resolve_device, resolve_dtype, restore
@@ -80,20 +79,16 @@ def evaluate(
 
 def write_samples(model: GPT, tokenizer: Tokenizer, prompt: Tensor, seed: int) -> list[str]:
     """Two continuations of the prompt (T), 100 tokens each: always the same for the same weights and seed."""
-    model.eval()
     generators = [torch.Generator().manual_seed(seed + sample) for sample in range(2)]
-    idx = prompt.expand(len(generators), -1)  # (B, T)
-    new = model.generate(idx, 100, generators, vocab_size=tokenizer.vocab_size, temperature=0.8, top_k=200)
-    texts = [tokenizer.decode(ids) for ids in torch.cat([idx, *new], dim=1).tolist()]
-    model.train()
-    return texts
+    new = model.generate(prompt[None], 100, generators, vocab_size=tokenizer.vocab_size, temperature=0.8, top_k=200)
+    return [tokenizer.decode(prompt.tolist() + ids) for ids in torch.cat(list(new), dim=1).tolist()]
 
 
 def spike(losses: Sequence[float], loss: float) -> float | None:
     """How many standard deviations `loss` lies above the mean of the last ones, if that is out of the ordinary."""
-    if len(losses) < RECENT // 2 or loss <= mean(losses):
+    if len(losses) < RECENT // 2:
         return None
-    above = (loss - mean(losses)) / (stdev(losses) + 1e-12)
+    above = float((loss - np.mean(losses)) / (np.std(losses, ddof=1) + 1e-12))
     return above if above > 6 else None
 
 
@@ -217,12 +212,13 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
     # -- optimizers; fp16's small gradients are scaled up so as not to vanish, for the others the scaler does nothing
     betas = (cfg.beta1, cfg.beta2)
     if cfg.optimizer == "adamw":
-        optimizers = [optim.adamw(model, cfg.learning_rate, betas, cfg.weight_decay)]
+        optimizers = {"optimizer": optim.adamw(model, cfg.learning_rate, betas, cfg.weight_decay)}
     else:
         product_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
         muon = (cfg.muon_lr, cfg.muon_momentum, product_dtype)
-        optimizers = optim.muon_and_adamw(model, cfg.learning_rate, betas, cfg.weight_decay, *muon)
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        adamw_and_muon = optim.muon_and_adamw(model, cfg.learning_rate, betas, cfg.weight_decay, *muon)
+        optimizers = dict(zip(("optimizer", "muon"), adamw_and_muon, strict=True))  # by their names in a checkpoint
+    peak_lrs = [group["lr"] for optimizer in optimizers.values() for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     iter_num, best_val_loss, val_loss, elapsed, wandb_id = 0, math.inf, math.nan, 0.0, None
@@ -235,8 +231,8 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         elapsed, wandb_id = saved["elapsed_seconds"], saved.get("wandb_id")
         evals_since_best, evaluated_iter = saved.get("evals_since_best", 0), saved.get("evaluated_iter", -1)
         bad, recent_losses = saved.get("bad_steps", bad), saved.get("recent_losses", recent_losses)
-        for key, optimizer in zip(("optimizer", "muon"), optimizers, strict=False):
-            optim.load_state(optimizer, saved.get(key, {}))
+        for name, optimizer in optimizers.items():
+            optim.load_state(optimizer, saved.get(name, {}))
         if scaler.is_enabled() and saved.get("scaler"):
             scaler.load_state_dict(saved["scaler"])
         saved = None  # a second copy of the weights and moments
@@ -297,8 +293,8 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
 
     def save(best: bool) -> None:
         """All that this run needs to go on from iter_num. A disk that is full now may not be later."""
-        states = dict(zip(("optimizer", "muon"), [optimizer.state_dict() for optimizer in optimizers], strict=False))
-        state = whole({"model": bare.state_dict(), **states}, main=rank == 0)
+        parts = {"model": bare, **optimizers}
+        state = whole({name: part.state_dict() for name, part in parts.items()}, main=rank == 0)
         if rank != 0:
             return
         state |= {
@@ -362,7 +358,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         if sampling and not stopping:
             weights = whole(bare.state_dict(), main=rank == 0)
             if rank == 0:
-                model_now = GPT.from_weights(bare.config, weights).to(device)
+                model_now = GPT.from_weights(bare.config, weights).to(device).eval()
                 measured["samples"] = write_samples(model_now, tokenizer, prompt, cfg.seed)
                 log.samples(iter_num, measured["samples"])
         if last or stopping:
@@ -376,9 +372,9 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         if cfg.decay_lr:
             when = (cfg.warmup_iters, lr_decay_iters, cfg.schedule, cfg.decay_fraction)
             lr = optim.learning_rate_at(iter_num, cfg.learning_rate, cfg.min_lr, *when)
-        for optimizer, peak_lrs in zip(optimizers, peaks, strict=True):
-            for group, peak_lr in zip(optimizer.param_groups, peak_lrs, strict=True):
-                group["lr"] = peak_lr * lr / cfg.learning_rate if cfg.learning_rate else 0.0
+        groups = (group for optimizer in optimizers.values() for group in optimizer.param_groups)
+        for group, peak_lr in zip(groups, peak_lrs, strict=True):
+            group["lr"] = peak_lr * lr / cfg.learning_rate if cfg.learning_rate else 0.0
         loss_sum = torch.zeros((), device=device)
         for micro_step in range(micro_steps):
             final = micro_step == micro_steps - 1
@@ -388,7 +384,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
             loss_sum += loss.detach()
             scaler.scale(loss).backward()
             x, y = batch(iter_num + final, 0 if final else micro_step + 1)  # while a GPU is still at work
-        for optimizer in optimizers:
+        for optimizer in optimizers.values():
             scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(bare.parameters(), cfg.grad_clip or math.inf)
         grad_norm = grad_norm.full_tensor() if is_sharded(grad_norm) else grad_norm
@@ -400,7 +396,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         is_bad = ~(loss_sum if scaler.is_enabled() else grad_norm).isfinite()
         bad = torch.stack(((bad[0] + 1) * is_bad, bad[1] + is_bad, torch.where(is_bad, iter_num, bad[2])))
         bad_loss = torch.where(is_bad, own_loss, bad_loss)
-        for optimizer in optimizers:
+        for optimizer in optimizers.values():
             if not scaler.is_enabled():
                 optimizer.grad_scale, optimizer.found_inf = None, is_bad.float()
             scaler.step(optimizer)
