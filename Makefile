@@ -24,12 +24,12 @@ test: .venv/test
 slow: .venv/test
 	$(BIN)/python -m pytest -m slow
 
-# on a machine with a GPU, beside a checkout of nanoGPT: make gpu PEER=../nanoGPT
+# on a machine with a GPU, beside a checkout of nanoGPT: make gpu PEER=../nanoGPT, and BENCH=--input=FILE where tiny
+# Shakespeare cannot be downloaded. Some minutes: each side runs once
 gpu: .venv/test
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python bench.py train --size=small --device=cuda --peer=$(PEER) --repeats=2
-	$(BIN)/python bench.py train --size=gpt2 --device=cuda --peer=$(PEER) --repeats=2
-	$(BIN)/python bench.py generate --size=gpt2 --device=cuda --dtype=bfloat16 --peer=hf
+	$(BIN)/python bench.py train generate prepare loss --size=gpt2 --device=cuda --dtype=bfloat16 --peer=$(PEER) \
+		--peer=hf --repeats=1 --megabytes=20 --config=configs/fast_shakespeare_char.py $(BENCH)
 
 # the environment: torch and what training needs, then what the tests need; again when pyproject.toml changes
 .venv/run: pyproject.toml

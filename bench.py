@@ -51,29 +51,30 @@ SHAPES = {
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 256, "batch_size": 2},
 }
 STEPS = {"baby": 200, "small": 30, "gpt2": 10}
-# the recipe for a laptop in nanoGPT's README
-PEER_LOSS = "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1"
-PEER_LOSS += " --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000"
-PEER_LOSS += " --lr_decay_iters=2000 --dropout=0.0"
+# nanoGPT's recipe for a GPU, and from it the one for a laptop in its README
+PEER_LOSS = {"cuda": "config/train_shakespeare_char.py"}
+PEER_LOSS["cpu"] = PEER_LOSS["cuda"] + " --device=cpu --compile=False --eval_iters=20 --log_interval=1"
+PEER_LOSS["cpu"] += " --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000"
+PEER_LOSS["cpu"] += " --lr_decay_iters=2000 --dropout=0.0"
 
 
 @dataclass(kw_only=True)
 class Bench:
     POSITIONAL: ClassVar[str] = "tasks"
     tasks: Annotated[tuple[str, ...], "train | generate | prepare | loss, one or more"] = ()
-    peer: Annotated[str | None, "folder of a nanoGPT checkout, or hf: transformers, which generates; None: alone"] = (
-        None
-    )
-    size: Annotated[Literal["baby", "small", "gpt2"], "the model of train and generate"] = "baby"
+    peer: Annotated[tuple[str, ...], "folder of a nanoGPT checkout, or hf: transformers, which generates; or both"] = ()
+    size: Annotated[tuple[str, ...], "the models of train and generate: baby | small | gpt2, one or more"] = ("baby",)
     repeats: Annotated[int, "how many times each side runs"] = 3
     steps: Annotated[int | None, "iterations that train times in each run; None: some seconds' worth"] = None
-    device: Annotated[str, "for train and generate: auto | cpu | cuda | mps"] = "auto"
+    device: Annotated[str, "auto | cpu | cuda | mps; not for prepare"] = "auto"
     threads: Annotated[int | None, "of both sides (OMP_NUM_THREADS); None: PyTorch's choice"] = None
     dtype: Annotated[Literal["float32", "bfloat16"], "of the weights of both sides in generate"] = "float32"
     quantize: Annotated[Literal["int8"] | None, "of our side in generate"] = None
     flags: Annotated[str, "more settings for our train.py in train and loss: '--compile --dtype=bfloat16'"] = ""
     peer_flags: Annotated[str, "more settings for the peer's train.py"] = ""
-    config: Annotated[str, "what loss runs on our side"] = "configs/train_shakespeare_char_cpu.py"
+    config: Annotated[str, "what loss runs on our side; the peer: its recipe for the device, cuda only where named"] = (
+        "configs/train_shakespeare_char_cpu.py"
+    )
     input: Annotated[str | None, "loss: the text, None downloads tiny Shakespeare; prepare: file or folder"] = None
     megabytes: Annotated[int, "text for prepare: Python's own sources, or the input, over and over"] = 200
     json: Annotated[str | None, "also write the results to this file"] = None
@@ -83,14 +84,20 @@ class Bench:
             unknown = f"task {next(t for t in self.tasks if t not in TASKS)!r}" if self.tasks else "which task?"
             raise ValueError(f"{unknown}: expected {' | '.join(TASKS)}")
         config.at_least(self, 1, "repeats", "steps", "threads", "megabytes")
-        if self.peer == "hf" and set(self.tasks) != {"generate"}:
+        if unknown := set(self.size) - set(SHAPES):
+            raise ValueError(f"size={min(unknown)!r}: expected {' | '.join(SHAPES)}")
+        self.peer = tuple(peer if peer == "hf" else str(Path(peer).resolve()) for peer in self.peer)
+        for peer in self.peer:
+            if peer != "hf" and not all((Path(peer) / name).is_file() for name in ("train.py", "model.py")):
+                raise ValueError(f"peer={peer!r}: not a checkout of nanoGPT, it has no train.py and model.py")
+        if self.peer == ("hf",) and set(self.tasks) != {"generate"}:
             raise ValueError("peer='hf' is for generate alone; the others need a nanoGPT checkout")
-        if self.peer not in (None, "hf"):
-            self.peer = str(Path(self.peer).resolve())
-            if not all((Path(self.peer) / name).is_file() for name in ("train.py", "model.py")):
-                raise ValueError(f"peer={self.peer!r}: not a checkout of nanoGPT, it has no train.py and model.py")
         if self.json and not Path(self.json).resolve().parent.is_dir():
             raise ValueError(f"json={self.json!r}: no such folder")
+
+    @property
+    def nanogpt(self) -> str | None:
+        return next((peer for peer in self.peer if peer != "hf"), None)
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
@@ -211,7 +218,9 @@ def limits(device: str) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     found = {"device": device.type, "name": name, "threads": torch.get_num_threads()}
     n = 2048 if device.type == "cpu" else 8192
-    for dtype in ("float32", "bfloat16"):
+    # a CPU without the instructions takes a minute for one of these products, and nobody would compute so
+    bfloat16 = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    for dtype in ("float32", "bfloat16") if bfloat16 else ("float32",):
         a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
         found[dtype] = 2 * n**3 / fastest(lambda a=a, b=b: a @ b)
     x, v = torch.ones(2**13, 2**14, device=device), torch.ones(2**14, device=device)  # 0.5 GB: more than caches hold
@@ -236,14 +245,14 @@ def time_training(name: str, command: list[Any], cwd: Any, steps: int) -> Measur
     return replace(measured, value=statistics.median(counted))
 
 
-def train(cfg: Bench, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def train(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Both train.py on the same random tokens; both evaluate and save once before and once after what is counted."""
-    device, shape, steps = machine["device"], SHAPES[cfg.size], cfg.steps or STEPS[cfg.size]
-    if device == "cuda" and cfg.size == "gpt2":
+    device, shape, steps = machine["device"], SHAPES[size], cfg.steps or STEPS[size]
+    if device == "cuda" and size == "gpt2":
         shape = shape | {"block_size": 1024, "batch_size": 12}
-    vocab_size, data = 50257 if cfg.size == "gpt2" else len(CHARS), work / "tokens"
+    vocab_size, data = 50257 if size == "gpt2" else len(CHARS), work / "tokens"
     data.mkdir()
-    if cfg.size != "gpt2":
+    if size != "gpt2":
         write_meta_pkl(data, CHARS)
     for split, tokens in (("train", 1_000_000), ("val", 100_000)):
         (data / f"{split}.bin").write_bytes(array("H", random.Random(1337).choices(range(vocab_size), k=tokens)))
@@ -256,9 +265,9 @@ def train(cfg: Bench, work: Path, machine: dict[str, Any]) -> Iterator[dict[str,
     ours, peer = [sys.executable, ROOT / "train.py", *both, *own], [sys.executable, "train.py", *both, *theirs]
     a, b = in_turn(
         cfg,
-        f"train {cfg.size} (ms: ours, peer)",
+        f"train {size} (ms: ours, peer)",
         lambda _: time_training("our train.py", ours, work, steps),
-        (lambda _: time_training("the peer's train.py", peer, cfg.peer, steps)) if cfg.peer else None,
+        (lambda _: time_training("the peer's train.py", peer, cfg.nanogpt, steps)) if cfg.nanogpt else None,
     )
     c = model_config(TrainConfig(**shape), padded_vocab_size(vocab_size))
     flops = flops_per_token(c) * shape["block_size"] * shape["batch_size"]  # of an iteration
@@ -266,7 +275,7 @@ def train(cfg: Bench, work: Path, machine: dict[str, Any]) -> Iterator[dict[str,
     limit = peak_flops(machine["name"], dtype) or machine.get(dtype)
     peer_limit = limit if device == "cuda" else machine["float32"]  # nanoGPT has no autocast but on GPUs
     shares = {"share": lambda ms: flops / ms * 1000 / limit, "peer_share": lambda ms: flops / ms * 1000 / peer_limit}
-    yield row(("train", cfg.size, device, "ms/iteration"), a, b, limit=limit, **shares if limit else {})
+    yield row(("train", size, device, "ms/iteration"), a, b, limit=limit, **shares if limit else {})
 
 
 # -- generate: tokens a second -----------------------------------------------------------------------------------------
@@ -329,29 +338,35 @@ def time_tokens(dtype: str, device: str) -> dict[str, float]:
     return {"early": early, "value": late}
 
 
-def generate(cfg: Bench, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One continuation; then, of ours alone, ten at once, and whether a token far past block_size costs more."""
-    device, size = machine["device"], f"{cfg.size} {cfg.quantize or cfg.dtype}"
-    shape = {key: value for key, value in SHAPES[cfg.size].items() if key != "batch_size"} | {"block_size": 1024}
-    shape["vocab_size"] = vocab_size = 50257 if cfg.size == "gpt2" else len(CHARS)
-    same = {"dtype": cfg.dtype, "device": device}
-    full = same | {"shape": shape, "greedy": cfg.peer == "hf"}
-    a, b, ten, far = in_turn(
-        cfg,
-        f"generate {cfg.size} (tokens/s: ours, peer, 10 at once; ms/token)",
-        lambda _: call("our model.py", write_tokens, work, side=str(ROOT), batch=1, quantize=cfg.quantize, **full),
-        (lambda _: call("the peer's model", write_tokens, work, side=cfg.peer, batch=1, **full)) if cfg.peer else None,
-        lambda _: call("our model.py", write_tokens, work, side=str(ROOT), batch=10, quantize=cfg.quantize, **full),
-        lambda _: call("our model.py", time_tokens, work, **same),
-    )
-    c = model_config(TrainConfig(**SHAPES[cfg.size] | {"block_size": 1024, "bias": True}), vocab_size)
+def generate(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One continuation beside each peer's; of ours alone, ten at once, and whether a token far past block_size costs
+    more."""
+    device, kind = machine["device"], f"{size} {cfg.quantize or cfg.dtype}"
+    shape = {key: value for key, value in SHAPES[size].items() if key != "batch_size"} | {"block_size": 1024}
+    shape["vocab_size"] = vocab_size = 50257 if size == "gpt2" else len(CHARS)
+    c = model_config(TrainConfig(**SHAPES[size] | {"block_size": 1024, "bias": True}), vocab_size)
     weights = sum(parameters(c).values()) - c.block_size * c.n_embd  # of the positions only one row is read
     peer_limit = machine["read"] / (weights * (2 if cfg.dtype == "bfloat16" else 4))  # each token reads all weights
     limit = machine["read"] / weights if cfg.quantize else peer_limit
     shares = {"share": lambda speed: speed / limit, "peer_share": lambda speed: speed / peer_limit}
-    yield row(("generate", size, device, "tokens/s"), a, b, limit=limit, **shares)
+    same = {"dtype": cfg.dtype, "device": device}
+
+    for peer in cfg.peer or (None,):
+        full = same | {"shape": shape, "greedy": peer == "hf"}
+
+        def ours(batch: int, full: dict[str, Any] = full) -> Measured:
+            return call("our model.py", write_tokens, work, side=str(ROOT), batch=batch, quantize=cfg.quantize, **full)
+
+        def theirs(_: int, side: str | None = peer, full: dict[str, Any] = full) -> Measured:
+            return call("the peer's model", write_tokens, work, side=side, batch=1, **full)
+
+        sides = [lambda _: ours(1), theirs if peer else None, lambda _: ours(10)]
+        a, b, ten = in_turn(cfg, f"generate {size} (tokens/s: ours, peer, 10 at once)", *sides)
+        name = f" ({Path(peer).name})" if len(cfg.peer) > 1 else ""
+        yield row(("generate" + name, kind, device, "tokens/s"), a, b, limit=limit, **shares)
     gain = statistics.median(m.value for m in ten) / statistics.median(m.value for m in a)
-    yield row(("generate: 10 at once (ratio: to 1)", size, device, "tokens/s"), ten, [], ratio=gain)
+    yield row(("generate: 10 at once (ratio: to 1)", kind, device, "tokens/s"), ten, [], ratio=gain)
+    (far,) = in_turn(cfg, "generate (ms/token)", lambda _: call("our model.py", time_tokens, work, **same))
     flat = statistics.median(m.found["early"] for m in far) / statistics.median(m.value for m in far)
     what = ("generate: from token 4 T (ratio: from 100)", f"small {cfg.dtype}", device, "ms/token")
     yield row(what, far, [], ratio=flat)
@@ -401,17 +416,17 @@ def run_openwebtext(script: str, folder: str, workers: int) -> dict:
     return {}
 
 
-def prepare(cfg: Bench, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def prepare(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """prepare/text.py and nanoGPT's data/openwebtext/prepare.py, whole commands, with as many workers."""
     jsonl, script = work / "text.jsonl", work / "peer" / "prepare.py"  # the peer's writes where it lies
     documents = write_documents(cfg.input, jsonl, cfg.megabytes)
     theirs = {"script": str(script), "folder": str(work / "arrow"), "workers": os.cpu_count() or 1}
-    if cfg.peer:
+    if cfg.nanogpt:
         importlib.metadata.version("datasets")  # a missing package is named before the work begins
         if documents < 2048:
             raise ValueError(f"megabytes={cfg.megabytes}: too little for the peer, which needs 2048 documents (11 MB)")
         script.parent.mkdir()
-        shutil.copy(Path(cfg.peer) / "data" / "openwebtext" / "prepare.py", script)
+        shutil.copy(Path(cfg.nanogpt) / "data" / "openwebtext" / "prepare.py", script)
         call("datasets", save_arrow, work, jsonl=str(jsonl), folder=theirs["folder"])
     ours = [sys.executable, ROOT / "prepare" / "text.py", f"--input={jsonl}", "--name=ours", f"--data_dir={work}"]
     ours += ["--tokenizer=gpt2", "--val_fraction=0.01"]
@@ -427,7 +442,7 @@ def prepare(cfg: Bench, work: Path, machine: dict[str, Any]) -> Iterator[dict[st
         cfg,
         "prepare (tokens/s: ours, peer)",
         lambda _: speed(run("prepare/text.py", ours, work, whole_tree=True), work / "ours"),
-        peer if cfg.peer else None,
+        peer if cfg.nanogpt else None,
     )
     yield row(("prepare", f"{cfg.megabytes} MB", "cpu", "tokens/s"), a, b)
 
@@ -435,11 +450,12 @@ def prepare(cfg: Bench, work: Path, machine: dict[str, Any]) -> Iterator[dict[st
 # -- loss: seconds of the whole command --------------------------------------------------------------------------------
 
 
-def loss(cfg: Bench, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def loss(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """How long a recipe for tiny Shakespeare takes, from nothing to its end, and the loss it ends with.
 
     Both losses are measured on the whole validation split, by our train.py. Our runs differ in their seeds.
     """
+    device = "cuda" if cfg.device.startswith("cuda") else "cpu"
     data, own = work / "shakespeare_char", [f"--data_dir={work}", "--dataset=shakespeare_char"]
     command = [sys.executable, ROOT / "prepare" / "shakespeare_char.py", own[0]]
     run("prepare/shakespeare_char.py", command + ([f"--input={Path(cfg.input).resolve()}"] if cfg.input else []), work)
@@ -458,17 +474,17 @@ def loss(cfg: Bench, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, 
 
     def ours(repeat: int) -> Measured:
         seed = f"--seed={1337 + repeat}"
-        command = [sys.executable, ROOT / "train.py", recipe, *own, seed, *shlex.split(cfg.flags)]
+        command = [sys.executable, ROOT / "train.py", recipe, *own, seed, f"--device={device}", *shlex.split(cfg.flags)]
         return one("ours", command, work, repeat)
 
     def peer(repeat: int) -> Measured:
-        words = shlex.split(f"{PEER_LOSS} {cfg.peer_flags}")
-        return one("peer", [sys.executable, "train.py", *words, f"--dataset={data}"], cfg.peer, repeat)
+        words = shlex.split(f"{PEER_LOSS[device]} {cfg.peer_flags}")
+        return one("peer", [sys.executable, "train.py", *words, f"--dataset={data}"], cfg.nanogpt, repeat)
 
-    a, b = in_turn(cfg, "loss (s: ours, peer)", ours, peer if cfg.peer else None)
-    yield row(("loss: time", Path(cfg.config).stem, "cpu", "s"), a, b)
+    a, b = in_turn(cfg, "loss (s: ours, peer)", ours, peer if cfg.nanogpt else None)
+    yield row(("loss: time", Path(cfg.config).stem, device, "s"), a, b)
     a, b = ([replace(m, value=m.found["loss"]) for m in side] for side in (a, b))
-    yield row(("loss: whole val split", Path(cfg.config).stem, "cpu", "nats/token"), a, b)
+    yield row(("loss: whole val split", Path(cfg.config).stem, device, "nats/token"), a, b)
 
 
 TASKS = {"train": train, "generate": generate, "prepare": prepare, "loss": loss}
@@ -476,11 +492,11 @@ TASKS = {"train": train, "generate": generate, "prepare": prepare, "loss": loss}
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
-def versions(peer: str | None) -> dict[str, Any]:
+def versions(peers: tuple[str, ...]) -> dict[str, Any]:
     found = {"python": platform.python_version(), "kqv": git("rev-parse", "HEAD"), "cpu": cpu_name()}
-    packages = ("torch", "numpy", *(["transformers"] if peer == "hf" else []))
+    packages = ("torch", "numpy", *(["transformers"] if "hf" in peers else []))
     found |= {name: importlib.metadata.version(name) for name in packages}
-    return found if peer in (None, "hf") else found | {"peer": git("-C", peer, "rev-parse", "HEAD")}
+    return found | {Path(peer).name: git("-C", peer, "rev-parse", "HEAD") for peer in peers if peer != "hf"}
 
 
 def cells(result: dict[str, Any]) -> list[str]:
@@ -508,12 +524,14 @@ def main(cfg: Bench, origin: dict[str, str]) -> None:
     if {"train", "generate"} & set(cfg.tasks):
         machine = call("the machine's limits", limits, ROOT, device=cfg.device).found
         speeds = f"matrix products {machine['float32'] / 1e9:,.0f} GFLOP/s in float32"
-        speeds += f", {machine['bfloat16'] / 1e9:,.0f} in bfloat16; reads {machine['read'] / 1e9:,.1f} GB/s"
+        speeds += f", {machine['bfloat16'] / 1e9:,.0f} in bfloat16" if "bfloat16" in machine else ""
+        speeds += f"; reads {machine['read'] / 1e9:,.1f} GB/s"
         print(f"{machine['name']}, {machine['threads']} threads: {speeds}", flush=True)
         known["threads"] = machine["threads"]
     for task in cfg.tasks:
-        with tempfile.TemporaryDirectory(prefix="kqv-bench-") as work:
-            rows += [result | {"versions": known} for result in TASKS[task](cfg, Path(work).resolve(), machine)]
+        for size in cfg.size if task in ("train", "generate") else cfg.size[:1]:
+            with tempfile.TemporaryDirectory(prefix="kqv-bench-") as work:
+                rows += [row | {"versions": known} for row in TASKS[task](cfg, size, Path(work).resolve(), machine)]
         if cfg.json:
             write_whole(Path(cfg.json), json.dumps(rows[0] if len(rows) == 1 else rows, indent=1) + "\n")
     heading = ["task", "size", "ours (spread)", "peer (spread)", "of limit", "unit", "peak MB", "ratio"]

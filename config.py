@@ -34,6 +34,8 @@ from typing import (
 
 import typer
 
+from record import cpu_likes_bfloat16
+
 if TYPE_CHECKING:
     import torch
 
@@ -50,7 +52,7 @@ class Machine:
     device: Annotated[str, "auto | cpu | cuda | cuda:1 | mps; auto takes the best one there is"] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        "compute type; float16 trains with a gradient scaler. auto: bfloat16 on GPUs that have it, float32 on CPUs",
+        "compute type; float16 trains with a gradient scaler. auto: bfloat16 where it is faster (not on most CPUs)",
     ] = "auto"
     compile: Annotated[
         bool | Literal["auto"], "torch.compile; auto tries it on GPUs and falls back with a line that says why"
@@ -104,7 +106,8 @@ class Model:
     n_kv_head: Annotated[int | None, "key/value heads, each shared by n_head/n_kv_head queries; None: n_head"] = None
     head_dim: Annotated[int | None, "width of a head; None: n_embd / n_head"] = None
     n_inner: Annotated[int | None, "width inside the MLP; None: 4 n_embd (swiglu: 8/3 n_embd)"] = None
-    qk_norm: Annotated[bool, "RMS-normalise queries and keys"] = False
+    qk_norm: Annotated[bool, "normalise queries and keys, in the way of `norm`"] = False
+    short_conv: Annotated[int, "mix each token with so many earlier ones, twice a block (Canon layers); 0: do not"] = 0
     tie_embeddings: Annotated[bool, "one matrix for the token embedding and the output head"] = True
     rope_theta: Annotated[float, "base of the rotary frequencies"] = 10000.0
     norm_eps: Annotated[float, "epsilon of the normalisations"] = 1e-5
@@ -155,6 +158,7 @@ class TrainConfig(Machine, Optimizer, Model, Data, Output):
             self, 0, "eval_iters", "max_iters", "warmup_iters", "lr_decay_iters", "seed", "keep_last", "max_minutes"
         )
         at_least(self, 0, "learning_rate", "min_lr", "weight_decay", "grad_clip", "norm_eps", "rope_theta", "muon_lr")
+        at_least(self, 0, "short_conv")
         for key in ("out_dir", "dataset"):
             if not getattr(self, key):
                 raise ValueError(f"{key}='': must not be empty")
@@ -409,7 +413,7 @@ def resolve_dtype(dtype: str, device: "torch.device") -> "torch.dtype":
     import torch
 
     if dtype == "auto":
-        dtype = "float32"
+        dtype = "bfloat16" if device.type == "cpu" and cpu_likes_bfloat16() else "float32"
         if device.type == "cuda":
             dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     return getattr(torch, dtype)

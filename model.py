@@ -53,6 +53,7 @@ class GPTConfig:
     head_dim: int | None = None  # None: n_embd / n_head
     n_inner: int | None = None  # None: 4 n_embd; swiglu has a third matrix, so 8/3 n_embd
     qk_norm: bool = False
+    short_conv: int = 0  # earlier tokens that each token is mixed with, twice in each block
     tie_embeddings: bool = True
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
@@ -67,6 +68,8 @@ class GPTConfig:
             value = getattr(self, key)
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{key}={value!r}: expected an int, at least 1")
+        if not (isinstance(self.short_conv, int) and self.short_conv >= 0):
+            raise ValueError(f"short_conv={self.short_conv!r}: expected an int, at least 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
         if self.head_dim is None and self.n_embd % self.n_head:
@@ -156,12 +159,20 @@ class KVCache:
     """One layer's keys and values of the tokens so far, (B, G, block_size, D) each, allocated once, filled in place.
 
     The mask hides the future, so the keys and values of past tokens never change: a new token only adds its own.
+    `recent` has, for each of the block's two short convolutions, what the last few tokens brought: (B, short_conv, C).
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, like: Tensor):
         shape = (batch_size, config.n_kv_head, config.block_size, config.head_dim)
         self.k, self.v = like.new_empty(shape), like.new_empty(shape)
+        self.recent = [like.new_zeros(batch_size, config.short_conv, config.n_embd) for _ in range(2)]
         self.length = 0  # tokens held, S before the next append
+
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self.length = 0
+        for recent in self.recent:
+            recent.zero_()
 
     def append(self, k: Tensor, v: Tensor, cache_position: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Add k, v (B, G, T, D) and return all there are, (B, G, S, D), without a copy.
@@ -242,6 +253,29 @@ NORMS: dict[str, Callable[[GPTConfig, int], nn.Module]] = {
 }
 
 
+class ShortConv(nn.Module):
+    """x[t] + w[n-1] x[t-1] + ... + w[0] x[t-n], each channel with its own weights; before the first token are zeros.
+
+    A token need not learn attention to know its neighbours: a Canon layer (Allen-Zhu 2025, arXiv:2512.17351).
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.short_conv, 1, config.n_embd))  # (n, 1, C)
+
+    def forward(self, x: Tensor, recent: Tensor | None = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C). `recent`: one of a KVCache's, the n tokens before x; it moves on to the last n."""
+        n, T = len(self.weight), x.size(1)
+        if recent is None:
+            padded = F.pad(x, (0, 0, n, 0))  # (B, n + T, C)
+        else:
+            padded = torch.cat((recent[: len(x)], x), dim=1)
+            recent.copy_(padded[:, T:])
+        for i, weight in enumerate(self.weight):
+            x = x + weight * padded[:, i : i + T]
+        return x
+
+
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -263,6 +297,8 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = NORMS[config.norm](config, config.n_embd)
         self.mlp = MLP(config)
+        self.conv_1 = ShortConv(config) if config.short_conv else None
+        self.conv_2 = ShortConv(config) if config.short_conv else None
 
     def forward(
         self,
@@ -271,8 +307,14 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         cache_position: Tensor | None = None,
     ) -> Tensor:
+        recent = cache.recent if cache is not None else (None, None)
+        if self.conv_1 is not None:
+            x = self.conv_1(x, recent[0])
         x = x + self.attn(self.ln_1(x), rope, cache, cache_position)  # (B, T, C)
-        return x + self.mlp(self.ln_2(x))  # (B, T, C)
+        normed = self.ln_2(x)
+        if self.conv_2 is not None:
+            normed = self.conv_2(normed, recent[1])
+        return x + self.mlp(normed)  # (B, T, C)
 
 
 # -- the loss over a large vocabulary, whose logits, (B*T, V), would be the largest tensor of a step by far ----------
@@ -476,7 +518,7 @@ class GPT(nn.Module):
         if kv_cache:
             cache = [KVCache(self.config, B, like=self.transformer.wte.weight) for _ in self.transformer.h]
         if step is not None:
-            for tensor in (tensor for layer in cache for tensor in (layer.k, layer.v)):
+            for tensor in (tensor for layer in cache for tensor in (layer.k, layer.v, *layer.recent)):
                 tensor.zero_()  # places not filled weigh 0, and 0 x nan would be nan
                 torch._dynamo.mark_static_address(tensor, guard=False)  # so that CUDA graphs may write to it
         for _ in range(max_new_tokens):
@@ -485,7 +527,7 @@ class GPT(nn.Module):
                 new = idx[:, -block_size:]
             elif length + new.size(1) > block_size:
                 for layer in cache:
-                    layer.length = 0
+                    layer.clear()
                 new = idx[:, -max(1, block_size // 2) :]
             if step is None or length == 0 or new.size(1) > 1:
                 logits, _ = self(new, cache=cache)  # (1 or B, 1, V)

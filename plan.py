@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from config import EVAL_BATCH, EVAL_TOKENS, ROOT, TrainConfig
-from record import PEAK_TFLOPS, peak_flops, ram_bytes
+from record import PEAK_TFLOPS, cpu_likes_bfloat16, peak_flops, ram_bytes
 
 if TYPE_CHECKING:
     from model import GPTConfig
@@ -42,12 +42,13 @@ def parameters(c: "GPTConfig") -> dict[str, int]:
     vectors = 2 if c.norm == "layernorm" and c.bias else 1  # of a norm: gain, bias
     positions = c.block_size * C if c.position in ("learned", "sinusoidal") else 0
     attention = C * (H + 2 * G) * D + H * D * C + c.bias * ((H + 2 * G) * D + C)  # c_attn, c_proj, their biases
-    return {
+    sizes = {
         "embeddings": (1 if c.tie_embeddings else 2) * c.vocab_size * C + positions,
         "attention": c.n_layer * attention,
         "MLP": c.n_layer * (C * up + F * C + c.bias * (up + C)),
         "norms": vectors * (c.n_layer * (2 * C + 2 * D * c.qk_norm) + C),
     }
+    return sizes | ({"convolutions": c.n_layer * 2 * c.short_conv * C} if c.short_conv else {})
 
 
 def flops_per_token(c: "GPTConfig") -> int:
@@ -125,6 +126,8 @@ def kept_for_backward(c: "GPTConfig", B: int, width: int, gpu: bool, recomputed:
     matrices = c.n_layer * (C * (H + 2 * G) * D + H * D * C + (3 if c.mlp == "swiglu" else 2) * C * F)
     matrices += 0 if large else V * C
     norms = (2 * c.n_layer + 1) * norm
+    if c.short_conv:  # a block's two convolutions keep a copy of what they look back on
+        norms += 2 * c.n_layer * 4 * B * (T + c.short_conv) * C
     if recomputed:
         norms, attention, mlp = norm, 0, 4 * n * C
     positions = {"learned": 8 * T, "rope": 2 * 4 * T * D}.get(c.position, 0)  # which are looked up; cos and sin
@@ -230,7 +233,7 @@ def model_config(cfg: TrainConfig, vocab_size: int) -> "GPTConfig":
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not that of a GPT-2 ({type(error).__name__}: {error})") from None
         vars(c).update(position="learned", norm="layernorm", mlp="gelu_tanh", attention="sdpa", bias=True)
-        vars(c).update(qk_norm=False, n_kv_head=None, head_dim=None, n_inner=sizes.get("n_inner"))
+        vars(c).update(qk_norm=False, short_conv=0, n_kv_head=None, head_dim=None, n_inner=sizes.get("n_inner"))
         c.tie_embeddings = sizes.get("tie_word_embeddings", True)
     usual = min(c.n_layer, c.n_head, c.n_embd) >= 1 and c.n_embd % (2 * c.n_head) == 0 and 0 <= c.dropout < 1
     if not usual or c.n_kv_head or c.head_dim or c.n_inner:  # perhaps impossible: GPTConfig knows, and says why
@@ -314,7 +317,8 @@ def plan(cfg: TrainConfig, world_size: int = 1, plan_device: str | None = None) 
     device, available = find_device(plan_device, cfg.device)
     gpu, dtype = device != "cpu", cfg.dtype
     if dtype == "auto":
-        dtype = "float32" if not gpu else "float16" if re.search("V100|T4", device) else "bfloat16"
+        dtype = "bfloat16" if gpu or cpu_likes_bfloat16() else "float32"
+        dtype = "float16" if re.search("V100|T4", device) else dtype
     sizes, flops = parameters(c), flops_per_token(c)
     n_params = sum(sizes.values())
     tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size

@@ -18,20 +18,21 @@ gradient_accumulation_steps = 1
 batch_size = 12
 block_size = 64
 
-n_layer = 4
+n_layer = 3
 n_head = 4
-n_embd = 128
+n_embd = 144  # 760,000 weights; nanoGPT's 4 layers, 128 wide, have 804,000
 position = "rope"
 qk_norm = True
 mlp = "relu2"
+short_conv = 2
 
 optimizer = "muon"
 muon_lr = 0.02
-muon_momentum = 0.85
-learning_rate = 0.02
+muon_momentum = 0.75
+learning_rate = 0.03
 weight_decay = 0.0
 schedule = "wsd"
 decay_fraction = 1.0
-max_iters = 215
+max_iters = 120
 warmup_iters = 0
 min_lr = 0.0

@@ -105,8 +105,8 @@ def test_train_without_a_peer_and_for_gpt2(stand_ins):
     row = stand_ins("train", "--size=gpt2", "--steps=3", "--repeats=1")
     assert row["ours"] == 25 and row["peer"] is row["ratio"] is row["peer_peak_rss_mb"] is None
     assert stand_ins.calls()[0]["data"].keys() == {"train.bin", "val.bin"}  # without a meta.pkl they are GPT-2's tokens
-    several = stand_ins("train", "train", "--steps=3", "--repeats=1")
-    assert [row["task"] for row in several] == ["train", "train"]
+    several = stand_ins("train", "train", "--size=small", "--size=baby", "--steps=3", "--repeats=1")
+    assert [(row["task"], row["size"]) for row in several] == 2 * [("train", "small"), ("train", "baby")]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,7 @@ def test_a_failing_child_is_one_line(stand_ins, capsys, source, message):
         (["trian"], "task 'trian': expected train | generate | prepare | loss"),
         (["train", "--peer=."], "not a checkout of nanoGPT, it has no train.py and model.py"),
         (["train", "generate", "--peer=hf"], "peer='hf' is for generate alone"),
+        (["train", "--size=baby", "--size=huge"], "size='huge': expected baby | small | gpt2"),
         (["train", "--repeats=0"], "repeats=0: must be at least 1"),
         (["train", "--size=large"], "size='large': expected baby | small | gpt2"),
         (["train", "--json=nowhere/result.json"], "json='nowhere/result.json': no such folder"),

@@ -23,6 +23,7 @@ from model import (
     POSITIONS,
     GPTConfig,
     LinearCrossEntropy,
+    ShortConv,
     explicit_attention,
     next_token,
     sdpa_attention,
@@ -36,6 +37,8 @@ SWITCHES = [
     {"n_kv_head": 1, "attention": "explicit"},
     {"qk_norm": True, "head_dim": 12},
     {"tie_embeddings": False, "bias": True, "n_inner": 40},
+    {"short_conv": 1, "position": "none"},
+    {"short_conv": 20, "position": "rope"},  # further back than the context goes
 ]
 
 
@@ -231,6 +234,20 @@ def test_dropout_is_there_in_training_alone(attention):
     assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
+def test_the_short_convolution_is_pytorchs_depthwise_one():
+    config = replace(SMALL, short_conv=3)
+    conv, x = ShortConv(config), torch.randn(2, 16, 32)
+    nn.init.normal_(conv.weight)
+    own = torch.ones(32, 1, 1)  # a token's own weight
+    weight = torch.cat((conv.weight.permute(2, 1, 0), own), dim=2)  # (C, 1, n + 1)
+    expected = F.conv1d(x.transpose(1, 2), weight, padding=3, groups=32)[..., :16].transpose(1, 2)
+    torch.testing.assert_close(conv(x), expected)
+    # and piece by piece, a piece shorter than what is looked back on too
+    recent = torch.zeros(2, 3, 32)
+    pieces = [conv(piece, recent) for piece in x.split((9, 1, 1, 5), dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), conv(x))
+
+
 # -- positions ---------------------------------------------------------------------------------------------------------
 
 
@@ -280,8 +297,9 @@ def test_steps_of_constant_shape_make_the_same_tokens(switches):
     assert len(shapes) > 30 and set(shapes) == {((3, 1), (1,))}
 
 
-def test_a_shared_prompt_is_the_prompt_of_each_row():
-    model, idx = make(), tokens(1, 40)
+@pytest.mark.parametrize("short_conv", [0, 2])
+def test_a_shared_prompt_is_the_prompt_of_each_row(short_conv):
+    model, idx = make(short_conv=short_conv), tokens(1, 40)
     for kv_cache in (True, False):
         shared = model.generate(idx, 30, seeds(4), kv_cache=kv_cache)
         apart = model.generate(idx.expand(4, -1), 30, seeds(4), kv_cache=kv_cache)

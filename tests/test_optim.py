@@ -5,7 +5,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from model import GPT, GPTConfig
-from optim import Muon, adamw, learning_rate_at, muon_and_adamw, orthogonalize
+from optim import POLAR_EXPRESS, SAFETY, Muon, adamw, learning_rate_at, muon_and_adamw, orthogonalize
 
 
 def test_cosine_is_pytorchs():
@@ -61,7 +61,12 @@ def matrices_and_gradients(steps: int) -> tuple[list[torch.Tensor], list[list[to
     return first, [[torch.randn(shape, generator=draw) for shape in shapes] for _ in range(steps)]
 
 
-def test_muon_is_pytorchs_but_for_rounding():
+JORDAN = (3.4445, -4.775, 2.0315)  # the coefficients of torch.optim.Muon, for each of five steps
+
+
+def test_muon_with_pytorchs_coefficients_is_pytorchs_but_for_rounding(monkeypatch):
+    monkeypatch.setattr("optim.POLAR_EXPRESS", 5 * (JORDAN,))
+    monkeypatch.setattr("optim.SAFETY", 1)
     first, gradients = matrices_and_gradients(steps=5)
     ours, theirs = ([matrix.clone().requires_grad_() for matrix in first] for _ in range(2))
     optimizers = (
@@ -82,12 +87,13 @@ def test_muon_is_pytorchs_but_for_rounding():
 def test_orthogonalized_matrices_keep_their_directions_and_have_singular_values_near_one(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, s, v = torch.linalg.svd(matrices, full_matrices=False)
-    for step in range(5):  # the polynomial on the singular values alone, which is all it may change
-        s = s / s.norm(dim=1, keepdim=True) if step == 0 else s
-        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
-    torch.testing.assert_close(
-        orthogonalize(matrices, torch.float32), u @ torch.diag_embed(s) @ v, atol=1e-4, rtol=1e-4
-    )
+    s = s / s.norm(dim=1, keepdim=True)
+    far = s > 0.001
+    for a, b, c in POLAR_EXPRESS:  # the polynomials on the singular values alone, which is all they may change
+        s = a * (s / SAFETY) + b * (s / SAFETY) ** 3 + c * (s / SAFETY) ** 5
+    expected = u @ torch.diag_embed(s) @ v
+    torch.testing.assert_close(orthogonalize(matrices, torch.float32), expected, atol=1e-4, rtol=1e-4)
+    assert ((s > 0.4) & (s < 1.6))[far].all()
 
 
 def test_muon_and_adamw_share_out_all_parameters_each_once():

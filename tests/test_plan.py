@@ -62,6 +62,7 @@ SWITCHES = [
     {"position": "rope", "qk_norm": True, "n_kv_head": 2, "attention": "explicit", "dropout": 0.1},
     {"norm": "rmsnorm", "qk_norm": True, "dropout": 0.1},
     {"qk_norm": True, "attention": "explicit"},
+    {"short_conv": 2},
     {"vocab_size": LARGE_VOCAB},
     {"vocab_size": LARGE_VOCAB, "tie_embeddings": False, "block_size": 100},
 ]
@@ -76,10 +77,20 @@ def small_config(**switches) -> GPTConfig:
 def test_parameters_and_flops_are_the_models(switches):
     config = small_config(**switches)
     model = GPT(config)
-    of_part = dict.fromkeys(("embeddings", "attention", "MLP", "norms"), 0)
+    of_part = dict.fromkeys(parameters(config), 0)
     for name, parameter in model.named_parameters():
         norm = "ln_" in name or "_norm" in name
-        part = "norms" if norm else "attention" if ".attn." in name else "MLP" if ".mlp." in name else "embeddings"
+        part = (
+            "convolutions"
+            if ".conv_" in name
+            else "norms"
+            if norm
+            else "attention"
+            if ".attn." in name
+            else "MLP"
+            if ".mlp." in name
+            else "embeddings"
+        )
         of_part[part] += parameter.numel()
     assert parameters(config) == of_part
     assert room.flops_per_token(config) == model.flops_per_token()
