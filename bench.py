@@ -62,8 +62,12 @@ PEER_LOSS["cpu"] += " --lr_decay_iters=2000 --dropout=0.0"
 class Bench:
     POSITIONAL: ClassVar[str] = "tasks"
     tasks: Annotated[tuple[str, ...], "train | generate | prepare | loss, one or more"] = ()
-    peer: Annotated[tuple[str, ...], "folder of a nanoGPT checkout, or hf: transformers, which generates; or both"] = ()
-    size: Annotated[tuple[str, ...], "the models of train and generate: baby | small | gpt2, one or more"] = ("baby",)
+    peer: Annotated[
+        tuple[str, ...], "folder of a nanoGPT checkout, or hf: transformers, to generate; give it twice for both"
+    ] = ()
+    size: Annotated[
+        tuple[str, ...], "baby | small | gpt2, the models of train and generate; can be given more than once"
+    ] = ("baby",)
     repeats: Annotated[int, "how many times each side runs"] = 3
     steps: Annotated[int | None, "iterations that train times in each run; None: some seconds' worth"] = None
     device: Annotated[str, "auto | cpu | cuda | mps; not for prepare"] = "auto"
@@ -339,8 +343,7 @@ def time_tokens(dtype: str, device: str) -> dict[str, float]:
 
 
 def generate(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One continuation beside each peer's; of ours alone, ten at once, and whether a token far past block_size costs
-    more."""
+    """One continuation beside each peer's; ours alone: ten at once, and what a token far past block_size costs."""
     device, kind = machine["device"], f"{size} {cfg.quantize or cfg.dtype}"
     shape = {key: value for key, value in SHAPES[size].items() if key != "batch_size"} | {"block_size": 1024}
     shape["vocab_size"] = vocab_size = 50257 if size == "gpt2" else len(CHARS)

@@ -3,7 +3,8 @@
 #
 #   python train.py configs/fast_shakespeare_char.py
 #
-# One GPU. Time and loss not measured: no GPU was at hand. (Its smaller sister, fast_shakespeare_char_cpu.py, was.)
+# One GPU. Time and loss not measured: no GPU was at hand. (Its smaller sister, fast_shakespeare_char_cpu.py, was; there
+# short_conv = 2 saves a third of the iterations more.)
 
 out_dir = "out-fast-shakespeare-char"
 eval_interval = 100

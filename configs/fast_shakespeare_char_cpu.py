@@ -1,9 +1,10 @@
-# The loss of train_shakespeare_char_cpu.py in a tenth of the iterations: rotary positions, normalised queries and
-# keys, squared ReLU, Muon, and a rate that falls along a line. First: python prepare/shakespeare_char.py
+# The loss of train_shakespeare_char_cpu.py in a sixteenth of the iterations: rotary positions, normalised queries and
+# keys, squared ReLU, short convolutions, Muon, and a rate that falls along a line. First:
+# python prepare/shakespeare_char.py
 #
 #   python train.py configs/fast_shakespeare_char_cpu.py
 #
-# 2 CPU cores, 17 seconds, val loss 1.88 (the whole split: 1.90).
+# 2 CPU cores, 20 seconds, val loss 1.88 (the whole split: 1.90). With max_iters = 1250, in 2 minutes, 1.56 (1.58).
 
 out_dir = "out-fast-shakespeare-char-cpu"
 eval_interval = 1000

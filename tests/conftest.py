@@ -15,6 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "prepare")]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def float32_on_every_cpu():
+    """dtype=auto is bfloat16 on some CPUs: not exact enough to compare by."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("config.cpu_likes_bfloat16", lambda: False)
+        patch.setattr("plan.cpu_likes_bfloat16", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def gpt2_bpe(tmp_path_factory) -> Path:
     """A tiktoken cache with the real GPT-2 BPE files, for this process and the ones it starts: no download.
@@ -80,7 +89,6 @@ def data_dir(tmp_path_factory) -> Path:
 
 TINY = ("--dataset=tiny", "--device=cpu", "--batch_size=4", "--gradient_accumulation_steps=1", "--block_size=16")
 TINY += ("--n_layer=2", "--n_head=2", "--n_embd=16", "--learning_rate=1e-2", "--warmup_iters=2", "--eval_iters=2")
-TINY += ("--dtype=float32",)  # on CPUs with fast 16-bit products "auto" is not exact enough to compare by
 
 
 @pytest.fixture

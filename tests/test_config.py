@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 import config
 from config import SampleConfig, TrainConfig, parse
 from model import GPTConfig
+from plan import plan
+from record import cpu_likes_bfloat16
 from tests.conftest import ROOT
 
 
@@ -202,13 +204,32 @@ def test_devices_that_are_not_here():
 
     cpu = config.resolve_device("cpu")
     assert cpu == torch.device("cpu")
-    assert config.resolve_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
     assert config.resolve_dtype("bfloat16", cpu) == torch.bfloat16
     with pytest.raises(ValueError, match="device='tpu': expected auto"):
         config.resolve_device("tpu")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device='cuda:3': not available on this machine"):
             config.resolve_device("cuda:3")
+
+
+@pytest.mark.parametrize(
+    "vendor, flags, likes",
+    [
+        ("GenuineIntel", "avx512f avx512_bf16 amx_bf16 amx_tile", True),
+        ("GenuineIntel", "avx512f avx512_bf16", False),  # a Sapphire Rapids whose hypervisor hides AMX
+        ("AuthenticAMD", "avx512f avx512_bf16", True),
+        ("AuthenticAMD", "avx2 fma", False),
+    ],
+)
+def test_bfloat16_is_for_cpus_that_are_faster_with_it(tmp_path, monkeypatch, vendor, flags, likes):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags} fsrm\n")
+    assert cpu_likes_bfloat16(tmp_path / "cpuinfo") is likes
+    assert cpu_likes_bfloat16(tmp_path / "no such file") is False
+    monkeypatch.setattr("config.cpu_likes_bfloat16", lambda: likes)
+    monkeypatch.setattr("plan.cpu_likes_bfloat16", lambda: likes)
+    chosen = "bfloat16" if likes else "float32"
+    assert str(config.resolve_dtype("auto", config.resolve_device("cpu"))) == f"torch.{chosen}"
+    assert f"cpu in {chosen};" in plan(TrainConfig(device="cpu", data_dir=str(tmp_path)))
 
 
 def test_files_are_opened_with_an_encoding_everywhere():
