@@ -20,6 +20,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 def torchrun(cwd: Path, processes: int, *arguments: object) -> subprocess.CompletedProcess:
     command = [*LAUNCH, "--standalone", f"--nproc_per_node={processes}", ROOT / "train.py", *map(str, arguments)]
+    command += ["--dtype=float32"]  # see conftest.py
     return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
 
 

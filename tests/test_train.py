@@ -443,7 +443,8 @@ def test_nanogpts_checkpoint_is_resumed(train, tmp_path, data_dir, dataset):
 
 
 def start(tmp_path: Path, data_dir: Path, *arguments: object) -> subprocess.Popen:
-    command = [sys.executable, ROOT / "train.py", f"--data_dir={data_dir}", *TINY, *map(str, arguments)]
+    settings = [f"--data_dir={data_dir}", *TINY, "--dtype=float32", *map(str, arguments)]  # dtype: see conftest.py
+    command = [sys.executable, ROOT / "train.py", *settings]
     return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
