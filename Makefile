@@ -27,9 +27,10 @@ slow: .venv/test
 # on a machine with a GPU, beside a checkout of nanoGPT: make gpu PEER=../nanoGPT, and BENCH=--input=FILE where tiny
 # Shakespeare cannot be downloaded. Some minutes: each side runs once
 gpu: .venv/test
+	$(if $(PEER),,$(error which checkout of nanoGPT? make gpu PEER=../nanoGPT))
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python bench.py train generate prepare loss --size=gpt2 --device=cuda --dtype=bfloat16 --peer=$(PEER) \
-		--peer=hf --repeats=1 --megabytes=20 --config=configs/fast_shakespeare_char.py $(BENCH)
+	$(BIN)/python bench.py train generate loss prepare --size=gpt2 --device=cuda --dtype=bfloat16 --repeats=1 \
+		--peer=$(PEER) --peer=hf --config=configs/fast_shakespeare_char.py --megabytes=20 $(BENCH)
 
 # the environment: torch and what training needs, then what the tests need; again when pyproject.toml changes
 .venv/run: pyproject.toml

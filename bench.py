@@ -56,6 +56,7 @@ PEER_LOSS = {"cuda": "config/train_shakespeare_char.py"}
 PEER_LOSS["cpu"] = PEER_LOSS["cuda"] + " --device=cpu --compile=False --eval_iters=20 --log_interval=1"
 PEER_LOSS["cpu"] += " --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000"
 PEER_LOSS["cpu"] += " --lr_decay_iters=2000 --dropout=0.0"
+OUR_LOSS = {"cuda": "configs/train_shakespeare_char.py", "cpu": "configs/train_shakespeare_char_cpu.py"}
 
 
 @dataclass(kw_only=True)
@@ -70,14 +71,14 @@ class Bench:
     ] = ("baby",)
     repeats: Annotated[int, "how many times each side runs"] = 3
     steps: Annotated[int | None, "iterations that train times in each run; None: some seconds' worth"] = None
-    device: Annotated[str, "auto | cpu | cuda | mps; not for prepare"] = "auto"
+    device: Annotated[str, "auto | cpu | cuda | mps; loss: cpu, unless cuda is named"] = "auto"
     threads: Annotated[int | None, "of both sides (OMP_NUM_THREADS); None: PyTorch's choice"] = None
     dtype: Annotated[Literal["float32", "bfloat16"], "of the weights of both sides in generate"] = "float32"
     quantize: Annotated[Literal["int8"] | None, "of our side in generate"] = None
     flags: Annotated[str, "more settings for our train.py in train and loss: '--compile --dtype=bfloat16'"] = ""
     peer_flags: Annotated[str, "more settings for the peer's train.py"] = ""
-    config: Annotated[str, "what loss runs on our side; the peer: its recipe for the device, cuda only where named"] = (
-        "configs/train_shakespeare_char_cpu.py"
+    config: Annotated[str | None, "what loss runs on our side; None: the same recipe as nanoGPT's for the device"] = (
+        None
     )
     input: Annotated[str | None, "loss: the text, None downloads tiny Shakespeare; prepare: file or folder"] = None
     megabytes: Annotated[int, "text for prepare: Python's own sources, or the input, over and over"] = 200
@@ -90,12 +91,16 @@ class Bench:
         config.at_least(self, 1, "repeats", "steps", "threads", "megabytes")
         if unknown := set(self.size) - set(SHAPES):
             raise ValueError(f"size={min(unknown)!r}: expected {' | '.join(SHAPES)}")
-        self.peer = tuple(peer if peer == "hf" else str(Path(peer).resolve()) for peer in self.peer)
         for peer in self.peer:
-            if peer != "hf" and not all((Path(peer) / name).is_file() for name in ("train.py", "model.py")):
+            if peer != "hf" and not (peer and all((Path(peer) / name).is_file() for name in ("train.py", "model.py"))):
                 raise ValueError(f"peer={peer!r}: not a checkout of nanoGPT, it has no train.py and model.py")
+        self.peer = tuple(dict.fromkeys(peer if peer == "hf" else str(Path(peer).resolve()) for peer in self.peer))
+        if len(self.peer) > 1 + ("hf" in self.peer):
+            raise ValueError(f"peer={self.peer[-1]!r}: one checkout is enough, and hf beside it")
         if self.peer == ("hf",) and set(self.tasks) != {"generate"}:
             raise ValueError("peer='hf' is for generate alone; the others need a nanoGPT checkout")
+        if "loss" in self.tasks and self.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device={self.device!r}: loss runs on cpu | cuda")
         if self.json and not Path(self.json).resolve().parent.is_dir():
             raise ValueError(f"json={self.json!r}: no such folder")
 
@@ -223,7 +228,8 @@ def limits(device: str) -> dict[str, Any]:
     found = {"device": device.type, "name": name, "threads": torch.get_num_threads()}
     n = 2048 if device.type == "cpu" else 8192
     # a CPU without the instructions takes a minute for one of these products, and nobody would compute so
-    bfloat16 = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    onednn = torch.backends.mkldnn.is_available()
+    bfloat16 = device.type != "cpu" or (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     for dtype in ("float32", "bfloat16") if bfloat16 else ("float32",):
         a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
         found[dtype] = 2 * n**3 / fastest(lambda a=a, b=b: a @ b)
@@ -344,7 +350,7 @@ def time_tokens(dtype: str, device: str) -> dict[str, float]:
 
 def generate(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One continuation beside each peer's; ours alone: ten at once, and what a token far past block_size costs."""
-    device, kind = machine["device"], f"{size} {cfg.quantize or cfg.dtype}"
+    device, what = machine["device"], f"{size} {cfg.quantize or cfg.dtype}"
     shape = {key: value for key, value in SHAPES[size].items() if key != "batch_size"} | {"block_size": 1024}
     shape["vocab_size"] = vocab_size = 50257 if size == "gpt2" else len(CHARS)
     c = model_config(TrainConfig(**SHAPES[size] | {"block_size": 1024, "bias": True}), vocab_size)
@@ -354,7 +360,7 @@ def generate(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Iter
     shares = {"share": lambda speed: speed / limit, "peer_share": lambda speed: speed / peer_limit}
     same = {"dtype": cfg.dtype, "device": device}
 
-    for peer in cfg.peer or (None,):
+    for turn, peer in enumerate(cfg.peer or (None,)):
         full = same | {"shape": shape, "greedy": peer == "hf"}
 
         def ours(batch: int, full: dict[str, Any] = full) -> Measured:
@@ -363,12 +369,15 @@ def generate(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Iter
         def theirs(_: int, side: str | None = peer, full: dict[str, Any] = full) -> Measured:
             return call("the peer's model", write_tokens, work, side=side, batch=1, **full)
 
-        sides = [lambda _: ours(1), theirs if peer else None, lambda _: ours(10)]
+        sides = [lambda _: ours(1), theirs if peer else None, None if turn else lambda _: ours(10)]
         a, b, ten = in_turn(cfg, f"generate {size} (tokens/s: ours, peer, 10 at once)", *sides)
         name = f" ({Path(peer).name})" if len(cfg.peer) > 1 else ""
-        yield row(("generate" + name, kind, device, "tokens/s"), a, b, limit=limit, **shares)
-    gain = statistics.median(m.value for m in ten) / statistics.median(m.value for m in a)
-    yield row(("generate: 10 at once (ratio: to 1)", kind, device, "tokens/s"), ten, [], ratio=gain)
+        yield row(("generate" + name, what, device, "tokens/s"), a, b, limit=limit, **shares)
+        if ten:
+            gain = statistics.median(m.value for m in ten) / statistics.median(m.value for m in a)
+            yield row(("generate: 10 at once (ratio: to 1)", what, device, "tokens/s"), ten, [], ratio=gain)
+    if size != cfg.size[0]:  # of a model of its own, once
+        return
     (far,) = in_turn(cfg, "generate (ms/token)", lambda _: call("our model.py", time_tokens, work, **same))
     flat = statistics.median(m.found["early"] for m in far) / statistics.median(m.value for m in far)
     what = ("generate: from token 4 T (ratio: from 100)", f"small {cfg.dtype}", device, "ms/token")
@@ -458,12 +467,13 @@ def loss(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Iterator
 
     Both losses are measured on the whole validation split, by our train.py. Our runs differ in their seeds.
     """
-    device = "cuda" if cfg.device.startswith("cuda") else "cpu"
+    device = cfg.device if cfg.device.startswith("cuda") else "cpu"
+    kind = device.partition(":")[0]
+    recipe = cfg.config or OUR_LOSS[kind]
     data, own = work / "shakespeare_char", [f"--data_dir={work}", "--dataset=shakespeare_char"]
     command = [sys.executable, ROOT / "prepare" / "shakespeare_char.py", own[0]]
     run("prepare/shakespeare_char.py", command + ([f"--input={Path(cfg.input).resolve()}"] if cfg.input else []), work)
     write_meta_pkl(data, json.loads((data / "meta.json").read_text(encoding="utf-8"))["tokenizer"]["chars"])
-    recipe = Path(cfg.config).resolve() if Path(cfg.config).is_file() else cfg.config
     evaluation = [sys.executable, ROOT / "train.py", *own, "--init_from=resume", "--eval_only=True", "--eval_iters=0"]
     evaluation += ["--device=cpu", "--dtype=float32"]
 
@@ -477,17 +487,18 @@ def loss(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Iterator
 
     def ours(repeat: int) -> Measured:
         seed = f"--seed={1337 + repeat}"
-        command = [sys.executable, ROOT / "train.py", recipe, *own, seed, f"--device={device}", *shlex.split(cfg.flags)]
+        path = Path(recipe).resolve() if Path(recipe).is_file() else recipe
+        command = [sys.executable, ROOT / "train.py", path, *own, seed, f"--device={device}", *shlex.split(cfg.flags)]
         return one("ours", command, work, repeat)
 
     def peer(repeat: int) -> Measured:
-        words = shlex.split(f"{PEER_LOSS[device]} {cfg.peer_flags}")
+        words = shlex.split(f"{PEER_LOSS[kind]} --device={device} {cfg.peer_flags}")
         return one("peer", [sys.executable, "train.py", *words, f"--dataset={data}"], cfg.nanogpt, repeat)
 
     a, b = in_turn(cfg, "loss (s: ours, peer)", ours, peer if cfg.nanogpt else None)
-    yield row(("loss: time", Path(cfg.config).stem, device, "s"), a, b)
+    yield row(("loss: time", Path(recipe).stem, kind, "s"), a, b)
     a, b = ([replace(m, value=m.found["loss"]) for m in side] for side in (a, b))
-    yield row(("loss: whole val split", Path(cfg.config).stem, device, "nats/token"), a, b)
+    yield row(("loss: whole val split", Path(recipe).stem, kind, "nats/token"), a, b)
 
 
 TASKS = {"train": train, "generate": generate, "prepare": prepare, "loss": loss}
@@ -499,7 +510,8 @@ def versions(peers: tuple[str, ...]) -> dict[str, Any]:
     found = {"python": platform.python_version(), "kqv": git("rev-parse", "HEAD"), "cpu": cpu_name()}
     packages = ("torch", "numpy", *(["transformers"] if "hf" in peers else []))
     found |= {name: importlib.metadata.version(name) for name in packages}
-    return found | {Path(peer).name: git("-C", peer, "rev-parse", "HEAD") for peer in peers if peer != "hf"}
+    folder = next((peer for peer in peers if peer != "hf"), None)
+    return found | ({"peer": git("-C", folder, "rev-parse", "HEAD")} if folder else {})
 
 
 def cells(result: dict[str, Any]) -> list[str]:
@@ -531,14 +543,18 @@ def main(cfg: Bench, origin: dict[str, str]) -> None:
         speeds += f"; reads {machine['read'] / 1e9:,.1f} GB/s"
         print(f"{machine['name']}, {machine['threads']} threads: {speeds}", flush=True)
         known["threads"] = machine["threads"]
-    for task in cfg.tasks:
-        for size in cfg.size if task in ("train", "generate") else cfg.size[:1]:
-            with tempfile.TemporaryDirectory(prefix="kqv-bench-") as work:
-                rows += [row | {"versions": known} for row in TASKS[task](cfg, size, Path(work).resolve(), machine)]
-        if cfg.json:
-            write_whole(Path(cfg.json), json.dumps(rows[0] if len(rows) == 1 else rows, indent=1) + "\n")
-    heading = ["task", "size", "ours (spread)", "peer (spread)", "of limit", "unit", "peak MB", "ratio"]
-    print_table([heading, *map(cells, rows)])
+    try:
+        for task in cfg.tasks:
+            for size in cfg.size if task in ("train", "generate") else cfg.size[:1]:
+                with tempfile.TemporaryDirectory(prefix="kqv-bench-") as work:
+                    for result in TASKS[task](cfg, size, Path(work).resolve(), machine):
+                        rows.append(result | {"versions": known})
+            if cfg.json:
+                write_whole(Path(cfg.json), json.dumps(rows[0] if len(rows) == 1 else rows, indent=1) + "\n")
+    finally:  # what there is, also where a task fails
+        heading = ["task", "size", "ours (spread)", "peer (spread)", "of limit", "unit", "peak MB", "ratio"]
+        if rows:
+            print_table([heading, *map(cells, rows)])
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Machine:
     device: Annotated[str, "auto | cpu | cuda | cuda:1 | mps; auto takes the best one there is"] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        "compute type; float16 trains with a gradient scaler. auto: bfloat16 where it is faster (not on most CPUs)",
+        "compute type; float16 trains with a gradient scaler. auto: a 16-bit type where it is faster, not on most CPUs",
     ] = "auto"
     compile: Annotated[
         bool | Literal["auto"], "torch.compile; auto tries it on GPUs and falls back with a line that says why"
@@ -127,7 +127,7 @@ class Optimizer:
     learning_rate: Annotated[float, "peak learning rate (AdamW's)"] = 6e-4
     muon_lr: Annotated[float, "Muon's peak learning rate, which follows the same schedule"] = 0.02
     muon_momentum: Annotated[float, "Muon's momentum"] = 0.95
-    weight_decay: Annotated[float, "weight decay, on matrices and embeddings only"] = 1e-1
+    weight_decay: Annotated[float, "weight decay, not on gains and biases"] = 1e-1
     beta1: Annotated[float, "AdamW's first beta"] = 0.9
     beta2: Annotated[float, "AdamW's second beta"] = 0.95
     grad_clip: Annotated[float, "clip the gradient to this norm; 0: do not"] = 1.0

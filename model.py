@@ -13,6 +13,7 @@ The way of a batch through the model:
     idx (B, T) -> token + position embedding -> x (B, T, C)
     n_layer times:  x = x + attention(norm(x))     tokens exchange information, each with those before it
                     x = x + mlp(norm(x))           each token thinks for itself
+                    (short_conv: x, and the MLP's input, first take in something of the last few tokens)
     norm -> head -> logits (B, T, V): softmax(logits[b, t]) is the distribution of token t + 1 of sequence b
 
 Blocks only ever *add* to x, the residual stream (He et al. 2015, arXiv:1512.03385), so information and gradients have
@@ -256,7 +257,7 @@ NORMS: dict[str, Callable[[GPTConfig, int], nn.Module]] = {
 class ShortConv(nn.Module):
     """x[t] + w[n-1] x[t-1] + ... + w[0] x[t-n], each channel with its own weights; before the first token are zeros.
 
-    A token need not learn attention to know its neighbours: a Canon layer (Allen-Zhu 2025, arXiv:2512.17351).
+    A token need not learn attention to know its neighbours, as with Canon layers (Allen-Zhu 2025, arXiv:2512.17351).
     """
 
     def __init__(self, config: GPTConfig):
@@ -528,6 +529,7 @@ class GPT(nn.Module):
             elif length + new.size(1) > block_size:
                 for layer in cache:
                     layer.clear()
+                length = 0
                 new = idx[:, -max(1, block_size // 2) :]
             if step is None or length == 0 or new.size(1) > 1:
                 logits, _ = self(new, cache=cache)  # (1 or B, 1, V)

@@ -25,7 +25,7 @@ def muon_and_adamw(
     muon_momentum: float,
     dtype: torch.dtype,
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices; AdamW for the rest: embeddings, head, gains and biases."""
+    """Muon for the blocks' matrices; AdamW for the rest: embeddings, head, short convolutions, gains and biases."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in model.transformer.h.parameters() if parameter.dim() == 2]
     chosen = set(matrices)
@@ -47,8 +47,9 @@ def adamw_of(
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, so that all directions of a matrix learn alike, rare ones too.
 
-    Jordan et al. 2024, kellerjordan.github.io/posts/muon; as torch.optim.Muon, but matrices of one shape are taken
-    together, in `dtype`, and with found_inf set to 1 a step changes nothing, as with the fused AdamW.
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon; as torch.optim.Muon, but with the Polar Express's
+    coefficients, with matrices of one shape taken together, in `dtype`, and with found_inf set to 1 a step changes
+    nothing, as with the fused AdamW.
     """
 
     found_inf: Tensor | None = None

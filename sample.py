@@ -124,7 +124,8 @@ def with_progress(steps: Iterable, total: int) -> Iterable:
 
 def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
     device = resolve_device(cfg.device)
-    dtype = resolve_dtype(cfg.dtype, device)
+    # 8 bits are made of float32, not of 16-bit numbers that have been rounded already
+    dtype = torch.float32 if cfg.quantize and cfg.dtype == "auto" else resolve_dtype(cfg.dtype, device)
     model, tokenizer = load(cfg)
     for parameter in model.parameters():  # generating reads every weight for every token: half the bytes, half the time
         parameter.data = parameter.data.to(device, dtype)

@@ -137,8 +137,9 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         # nanoGPT writes down a dtype also where it used none, on CPUs
         not_restored = NOT_RESTORED if "tokenizer" in saved else NOT_RESTORED | {"dtype"}
         cfg, origin = restore(cfg, origin, saved["config"], but=not_restored)
-        for key in saved["model_args"].keys() - {"dropout", "attention", "block_size"}:
-            value, given = saved["model_args"][key], origin.get(key, "default") not in ("default", "checkpoint")
+        of_model = {field.name: field.default for field in fields(GPTConfig)} | saved["model_args"]
+        for key in of_model.keys() - {"dropout", "attention", "block_size"}:
+            value, given = of_model[key], origin.get(key, "default") not in ("default", "checkpoint")
             if given and getattr(cfg, key) != value:
                 log.say(f"{key}={value} as in the checkpoint, not {getattr(cfg, key)}")
         if saved["iter_num"] >= cfg.max_iters and not cfg.eval_only:

@@ -330,6 +330,16 @@ def test_a_prompt_longer_than_the_context_is_read_from_its_end():
         assert greedy(model, idx, 1, kv_cache=kv_cache).tolist() == greedy(model, idx[:, -16:], 1).tolist()
 
 
+@pytest.mark.parametrize("block_size", [2, 3])
+def test_short_contexts_are_refilled_in_steps_of_constant_shape_too(block_size):
+    model, idx = make(block_size=block_size), tokens(1, 1)
+
+    def step(idx, cache, cache_position):
+        return model(idx, cache=cache, cache_position=cache_position)
+
+    assert greedy(model, idx, 12, step=step).tolist() == greedy(model, idx, 12).tolist()
+
+
 def test_a_context_of_one_token():
     assert greedy(make(block_size=1), tokens(2, 1), 5).shape == (2, 5)
 

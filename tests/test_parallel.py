@@ -27,6 +27,7 @@ def torchrun(cwd: Path, processes: int, *arguments: object) -> subprocess.Comple
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_are_one_on_the_same_global_batch(train, command, tmp_path, data_dir, strategy):
     run = [f"--data_dir={data_dir}", *TINY, "--gradient_accumulation_steps=4", "--max_iters=20", "--eval_interval=5"]
+    run += ["--short_conv=1"]  # of one row: less than there are processes to share it
     result = torchrun(tmp_path, 2, *run, "--out_dir=two", f"--strategy={strategy}", "--sample_interval=20")
     assert result.returncode == 0, result.stderr
     assert train(*run, "--out_dir=one").code == 0
@@ -117,7 +118,7 @@ def test_a_killed_worker_is_started_again_and_the_run_ends_as_if_nothing_had_hap
     )
     run = [f"--data_dir={data_dir}", *TINY, "--gradient_accumulation_steps=2", "--max_iters=10", "--dropout=0.1"]
     run += ["--init_from=auto", "--save_interval=3", "--eval_interval=10", f"--strategy={strategy}"]
-    launch = [*LAUNCH, "--standalone", "--nproc_per_node=2", "--max_restarts=2", program]
+    launch = [*LAUNCH, "--standalone", "--nproc_per_node=2", "--max_restarts=2", program, "--dtype=float32"]
     result = subprocess.run(
         [*launch, *run, "--out_dir=killed"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=200
     )
@@ -150,6 +151,7 @@ def test_two_nodes_that_find_each_other_by_rendezvous_are_one_process(train, tmp
     for name in ("node0", "node1"):  # no disk in common: only the one with process 0 keeps a record
         (tmp_path / name).mkdir()
         command = [*LAUNCH, *rendezvous, "--rdzv_id=kqv", "--local_addr=127.0.0.1", ROOT / "train.py", *run]
+        command += ["--dtype=float32"]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         nodes.append(subprocess.Popen(command, cwd=tmp_path / name, env=ENVIRONMENT, **options))
     for node in nodes:

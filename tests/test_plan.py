@@ -260,7 +260,7 @@ def test_the_peak_is_within_15_percent_of_a_training_process(tmp_path, moment, a
         meta = {"tokenizer": chars, "vocab_size": 65, "dtype": "uint16", "splits": {}}
         (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     common = ["--data_dir=data", "--dataset=ids", "--device=cpu", "--gradient_accumulation_steps=1", "--max_iters=3"]
-    common += ["--eval_interval=2", "--eval_iters=1", "--warmup_iters=1", "--learning_rate=1e-4"]
+    common += ["--eval_interval=2", "--eval_iters=1", "--warmup_iters=1", "--learning_rate=1e-4", "--dtype=float32"]
     # memory that is freed goes back to the system at once, so that what is resident is what is in use
     malloc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     result = subprocess.run(
@@ -273,7 +273,7 @@ def test_the_peak_is_within_15_percent_of_a_training_process(tmp_path, moment, a
 
     cfg = settings(*common, *arguments)
     config = room.model_config(cfg, room.padded_vocab_size(vocab))
-    width = 4 if cfg.dtype == "auto" else 2
+    width = 4 if cfg.dtype == "float32" else 2
     recomputed = cfg.activation_checkpointing
     moments = room.memory(config, cfg.batch_size, width, False, 12, 1, processes=1, recomputed=recomputed)
     totals = {name: sum(parts.values()) for name, parts in moments.items()}
