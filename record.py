@@ -261,13 +261,18 @@ def cpu_name() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def cpu_likes_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+def cpu_words(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """The CPU's vendor ("AuthenticAMD") and instructions ("avx2"), among other words; where there is no file, none."""
+    return set(cpuinfo.read_text(encoding="utf-8", errors="replace").split()) if cpuinfo.is_file() else set()
+
+
+def cpu_likes_bfloat16() -> bool:
     """Whether this CPU multiplies 16-bit matrices faster than float32 ones, and so trains faster with them.
 
     With AMX, or on AMD's with AVX512-BF16 (Zen 4: by report 1.4 to 1.8 times the speed). Not on Intel's that have only
     the latter, where such products took twice as long (dev/LOG.md); where there is no telling, no.
     """
-    words = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split()) if cpuinfo.is_file() else set()
+    words = cpu_words()
     return "amx_bf16" in words or {"AuthenticAMD", "avx512_bf16"} <= words
 
 

@@ -13,7 +13,7 @@ import config
 from config import SampleConfig, TrainConfig, parse
 from model import GPTConfig
 from plan import plan
-from record import cpu_likes_bfloat16
+from record import cpu_likes_bfloat16, cpu_words
 from tests.conftest import ROOT
 
 
@@ -223,8 +223,10 @@ def test_devices_that_are_not_here():
 )
 def test_bfloat16_is_for_cpus_that_are_faster_with_it(tmp_path, monkeypatch, vendor, flags, likes):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags} fsrm\n")
-    assert cpu_likes_bfloat16(tmp_path / "cpuinfo") is likes
-    assert cpu_likes_bfloat16(tmp_path / "no such file") is False
+    words = cpu_words(tmp_path / "cpuinfo")
+    assert {vendor, *flags.split()} <= words and cpu_words(tmp_path / "no such file") == set()
+    monkeypatch.setattr("record.cpu_words", lambda: words)
+    assert cpu_likes_bfloat16() is likes
     monkeypatch.setattr("config.cpu_likes_bfloat16", lambda: likes)
     monkeypatch.setattr("plan.cpu_likes_bfloat16", lambda: likes)
     chosen = "bfloat16" if likes else "float32"

@@ -35,6 +35,23 @@ def test_packed_products_are_the_plain_ones(dtype, tolerance):
     torch.testing.assert_close(PackedLinear(linear)(x), linear(x), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("vendor, kind", [("AuthenticAMD", PackedLinear), ("GenuineIntel", torch.nn.Linear)])
+def test_a_single_sample_in_float32_is_read_by_the_library_that_reads_faster(monkeypatch, vendor, kind):
+    monkeypatch.setattr("packed.cpu_words", lambda: {vendor})
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=301, n_layer=2, n_head=4, n_embd=64)).eval()
+    idx = torch.randint(301, (1, 20))
+    with torch.inference_mode():
+        plain = model(idx)[0]
+        pack(model, batch_size=1)
+        assert type(model.lm_head) is kind
+        torch.testing.assert_close(model(idx)[0], plain)
+        cached = torch.cat(list(model.generate(idx, 10, [torch.Generator()], temperature=0)), dim=1)
+        whole = torch.cat(list(model.generate(idx, 10, [torch.Generator()], temperature=0, kv_cache=False)), dim=1)
+    assert torch.equal(cached, whole)
+
+
 @pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="not an x86 CPU")
 def test_int8_weights_are_within_half_a_step_and_logits_within_five_percent():
     torch.manual_seed(0)
