@@ -2,7 +2,7 @@
 #
 #   python train.py configs/train_python_stdlib.py
 #
-# 2 CPU cores, about 3 minutes, val loss 1.47 nats a character. `make demo` runs it and prints samples.
+# 2 CPU cores, about 3 minutes, val loss 1.40 nats a character. `make demo` runs it and prints samples.
 
 out_dir = "out-python-stdlib"
 eval_interval = 250
@@ -18,11 +18,12 @@ n_layer = 4
 n_head = 4
 n_embd = 128
 # what came after GPT-2 learns faster: with position="learned", norm="layernorm", mlp="gelu", qk_norm=False it needs
-# more than twice the iterations
+# more than twice the iterations, and without short_conv ends at 1.47
 position = "rope"
 norm = "rmsnorm"
 mlp = "relu2"
 qk_norm = True
+short_conv = 2
 
 learning_rate = 4e-3
 max_iters = 750
