@@ -77,11 +77,12 @@ def pack(model: GPT, batch_size: int, quantize: str | None = None) -> None:
     elif weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return
     else:
-        float32 = batch_size > 1 or "AuthenticAMD" in cpu_words()
-        gains = {torch.float32: float32, torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported()}
+        as_it_is = weight.dtype == torch.float32 and batch_size == 1
+        gains = {torch.float32: not as_it_is or "AuthenticAMD" in cpu_words()}
+        gains[torch.bfloat16] = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         if not gains.get(weight.dtype, False):
             return
-        kind = partial(PackedLinear, lay_out=batch_size > 1 or weight.dtype != torch.float32)
+        kind = partial(PackedLinear, lay_out=not as_it_is)
     for module in list(model.modules()):
         for name, linear in module.named_children():
             if isinstance(linear, nn.Linear):

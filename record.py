@@ -254,16 +254,19 @@ def git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def cpuinfo(path: Path = Path("/proc/cpuinfo")) -> str:
+    """What Linux says of the CPUs; elsewhere nothing."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
 def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # on Linux, where platform.processor() knows nothing
-    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.is_file() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo(), re.MULTILINE)  # platform.processor() knows nothing there
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def cpu_words(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """The CPU's vendor ("AuthenticAMD") and instructions ("avx2"), among other words; where there is no file, none."""
-    return set(cpuinfo.read_text(encoding="utf-8", errors="replace").split()) if cpuinfo.is_file() else set()
+def cpu_words() -> set[str]:
+    """The CPU's vendor ("AuthenticAMD") and instructions ("avx2"), among other words; none where Linux does not say."""
+    return set(cpuinfo().split())
 
 
 def cpu_likes_bfloat16() -> bool:

@@ -13,7 +13,7 @@ import config
 from config import SampleConfig, TrainConfig, parse
 from model import GPTConfig
 from plan import plan
-from record import cpu_likes_bfloat16, cpu_words
+from record import cpu_likes_bfloat16, cpuinfo
 from tests.conftest import ROOT
 
 
@@ -223,12 +223,10 @@ def test_devices_that_are_not_here():
 )
 def test_bfloat16_is_for_cpus_that_are_faster_with_it(tmp_path, monkeypatch, vendor, flags, likes):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags} fsrm\n")
-    words = cpu_words(tmp_path / "cpuinfo")
-    assert {vendor, *flags.split()} <= words and cpu_words(tmp_path / "no such file") == set()
+    words = set(cpuinfo(tmp_path / "cpuinfo").split())
+    assert {vendor, *flags.split()} <= words and cpuinfo(tmp_path / "no such file") == ""
     monkeypatch.setattr("record.cpu_words", lambda: words)
     assert cpu_likes_bfloat16() is likes
-    monkeypatch.setattr("config.cpu_likes_bfloat16", lambda: likes)
-    monkeypatch.setattr("plan.cpu_likes_bfloat16", lambda: likes)
     chosen = "bfloat16" if likes else "float32"
     assert str(config.resolve_dtype("auto", config.resolve_device("cpu"))) == f"torch.{chosen}"
     assert f"cpu in {chosen};" in plan(TrainConfig(device="cpu", data_dir=str(tmp_path)))

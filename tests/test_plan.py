@@ -78,20 +78,9 @@ def test_parameters_and_flops_are_the_models(switches):
     config = small_config(**switches)
     model = GPT(config)
     of_part = dict.fromkeys(parameters(config), 0)
+    parts = {".conv_": "convolutions", "ln_": "norms", "_norm": "norms", ".attn.": "attention", ".mlp.": "MLP"}
     for name, parameter in model.named_parameters():
-        norm = "ln_" in name or "_norm" in name
-        part = (
-            "convolutions"
-            if ".conv_" in name
-            else "norms"
-            if norm
-            else "attention"
-            if ".attn." in name
-            else "MLP"
-            if ".mlp." in name
-            else "embeddings"
-        )
-        of_part[part] += parameter.numel()
+        of_part[next((part for mark, part in parts.items() if mark in name), "embeddings")] += parameter.numel()
     assert parameters(config) == of_part
     assert room.flops_per_token(config) == model.flops_per_token()
 
