@@ -332,20 +332,26 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, training: bool) -> Tensor:
-        device, rows = x.device.type, max(256, math.ceil(len(x) / 8))  # fewer would leave matrix products too small
+        rows = min(len(x), max(512, math.ceil(len(x) / 8)))  # fewer would leave matrix products too small
+        device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         exact = torch.promote_types(dtype, torch.float32)  # of the softmax
         head, loss = weight.to(dtype), x.new_zeros((), dtype=exact)
+        logits = head.new_empty(rows, len(head))  # (n, V) of each chunk in turn: fresh memory is slow to write to
         if training:
             grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         for start in range(0, len(x), rows):
             part, y = x[start : start + rows].to(dtype), targets[start : start + rows, None]  # (n, C), (n, 1)
             counts = y != -1
             y = y.where(counts, 0)
-            p = F.log_softmax(part @ head.t(), dim=-1, dtype=exact)  # (n, V)
-            loss -= (p.gather(1, y) * counts).sum()
-            if training:  # d loss / d logits is p - 1 for the target, p for the others
-                p = p.exp_().scatter_add_(1, y, p.new_full(y.shape, -1.0)).mul_(counts).to(dtype)
+            chunk = torch.mm(part, head.t(), out=logits[: len(part)])  # (n, V)
+            p = chunk.to(exact)
+            p -= p.amax(dim=1, keepdim=True)
+            of_target = p.gather(1, y)  # (n, 1)
+            total = p.exp_().sum(dim=1, keepdim=True)  # (n, 1)
+            loss += ((total.log() - of_target) * counts).sum()
+            if training:  # d loss / d logits is softmax - 1 for the target, softmax for the others
+                p = chunk.copy_(p.scatter_add_(1, y, -total).mul_(counts / total))
                 grad_x[start : start + rows] = p @ head  # (n, C)
                 if dtype == weight.dtype:
                     grad_weight.addmm_(p.t(), part)  # (V, n) @ (n, C)

@@ -79,7 +79,7 @@ def fused(c: "GPTConfig", gpu: bool) -> bool:
 
 def rows_of_logits(c: "GPTConfig", n: int) -> int:
     """How many of the logits' n rows, one for each token, the loss has at once: see LinearCrossEntropy in model.py."""
-    return n if c.vocab_size < LARGE_VOCAB else min(n, max(256, math.ceil(n / 8)))
+    return n if c.vocab_size < LARGE_VOCAB else min(n, max(512, math.ceil(n / 8)))
 
 
 def kept_for_backward(c: "GPTConfig", B: int, width: int, gpu: bool, recomputed: bool = False) -> dict[str, int]:
@@ -178,8 +178,8 @@ def memory(
         at_once = rows_of_logits(c, n) * V
         if not large:  # the gradients of log softmax, of the logits; or the logits, in float32 too, and log softmax
             return 2 * 4 * at_once if training else (8 if width == 4 else 10) * at_once
-        # logits, in float32 too, log softmax; in 16 bits also the head, and what a chunk adds to its gradient
-        return (8 if width == 4 else 6 if gpu else 10) * at_once + (0 if width == 4 else 2 * V * C * (1 + training))
+        # logits, which become the softmax; in 16 bits that in float32, the head, and what a chunk adds to its gradient
+        return (4 if width == 4 else 6) * at_once + (0 if width == 4 else 2 * V * C * (1 + training))
 
     # in the last block: the gradients of the stream, of c_fc's input, of what is inside the MLP, of a matrix; or, when
     # that is done, of the stream, of the attention weights, and of the scores that they are made of
