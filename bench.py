@@ -10,7 +10,6 @@ process never imports torch: on Linux, the peak memory of a process it starts wo
 import importlib.metadata
 import itertools
 import json
-import math
 import os
 import pickle
 import platform
@@ -22,21 +21,19 @@ import shutil
 import signal
 import statistics
 import string
-import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import config
-from config import ROOT, TrainConfig, resolve_device
+from config import ROOT, TrainConfig
+from measure import Measured, call, in_turn, limits, row, run
 from plan import flops_per_token, model_config, padded_vocab_size, parameters
 from record import cpu_name, git, peak_flops, write_whole
 from report import print_table
@@ -109,134 +106,6 @@ class Bench:
         return next((peer for peer in self.peer if peer != "hf"), None)
 
 
-# -- processes ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Measured:
-    """What one process did; `value` is what a row compares, `found` what a function of this file returned in it."""
-
-    output: str
-    seconds: float  # of the whole process
-    rss_mb: float  # at its peak
-    value: float = math.nan
-    found: dict[str, Any] | None = None
-
-
-def run(name: str, command: list[Any], cwd: Any, whole_tree: bool = False, **environment: str) -> Measured:
-    """Run a command to its end. ValueError with the last line of its stderr where it fails.
-
-    Peak memory is the process's own; with `whole_tree`, where there is a /proc, that of all it starts as well.
-    """
-    # without the first, the peer's checkout would get a __pycache__
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"} | environment
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        started = time.perf_counter()
-        child = subprocess.Popen(list(map(str, command)), cwd=cwd, stdout=out, stderr=err, env=environment)
-        ended, samples = threading.Event(), [0]
-        try:
-            if whole_tree:
-                threading.Thread(target=sample_memory, args=(child.pid, ended, samples), daemon=True).start()
-            _, status, usage = os.wait4(child.pid, 0)
-            seconds, child.returncode = time.perf_counter() - started, os.waitstatus_to_exitcode(status)
-        finally:
-            ended.set()
-            if child.returncode is None:  # Ctrl-C
-                child.kill()
-                child.wait()
-        out.seek(0)
-        err.seek(0)
-        output, said = (file.read().decode("utf-8", errors="replace") for file in (out, err))
-    if child.returncode:
-        raise ValueError(f"{name} failed: {(said.strip() or f'exit code {child.returncode}').splitlines()[-1]}")
-    own = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Measured(output, seconds, (max(samples) or own) / 1e6)
-
-
-def sample_memory(pid: int, ended: threading.Event, samples: list[int]) -> None:
-    """Every quarter of a second: what a process and its descendants hold, a shared page counted once (PSS)."""
-    while not ended.wait(0.25):
-        total, family = 0, [pid]
-        for member in family:  # grows on the way
-            with suppress(OSError):  # it has ended, or there is no /proc
-                for task in Path(f"/proc/{member}/task").iterdir():
-                    family += map(int, (task / "children").read_text(encoding="utf-8").split())
-                rollup = Path(f"/proc/{member}/smaps_rollup").read_text(encoding="utf-8")
-                pss = re.search(r"^Pss:\s+(\d+)", rollup, re.MULTILINE)
-                total += 1024 * int(pss[1])
-        samples.append(total)
-
-
-def call(name: str, function: Callable[..., dict], cwd: Path, whole_tree: bool = False, **arguments: Any) -> Measured:
-    """Run a function of this file in a process of its own: its dict is `found`, and "value" in it the value."""
-    code = "import sys, json; sys.path.insert(0, sys.argv[1]); import bench; function = getattr(bench, sys.argv[2]); "
-    code += "print(json.dumps(function(**json.loads(sys.argv[3]))))"
-    command = [sys.executable, "-c", code, ROOT, function.__name__, json.dumps(arguments)]
-    measured = run(name, command, cwd, whole_tree)
-    found = json.loads(measured.output.splitlines()[-1])
-    return replace(measured, found=found, value=found.get("value", math.nan))
-
-
-def in_turn(cfg: Bench, name: str, *sides: Callable[[int], Measured] | None) -> list[list[Measured]]:
-    """Run the sides A B A B ..., and say what came of it; a side that is None has no results."""
-    results = [[] for _ in sides]
-    for repeat in range(cfg.repeats):
-        for side, measured in zip(sides, results, strict=True):
-            measured += [side(repeat)] if side else []
-        values = ", ".join(f"{measured[-1].value:,.4g}" if measured else "-" for measured in results)
-        print(f"{name}, {repeat + 1} of {cfg.repeats}: {values}", file=sys.stderr, flush=True)
-    return results
-
-
-def row(what: tuple[str, str, str, str], ours: list[Measured], peer: list[Measured], **known: Any) -> dict[str, Any]:
-    """A result: medians, their ratio, above 1 where ours is better, and what else is `known`: limit, share, ratio.
-
-    `what`: task, size, device, unit. `share`: from a value to the part of `limit` that it is; `peer_share`: the peer's.
-    """
-    a, b = (statistics.median(m.value for m in side) if side else None for side in (ours, peer))
-    share = known.get("share", lambda value: None)
-    peer_share = known.get("peer_share", share)
-    if peer:
-        known["ratio"] = a / b if what[3] == "tokens/s" else b / a  # all other units are costs
-    result = dict(zip(("task", "size", "device", "unit"), what, strict=True)) | {"ours": a, "peer": b}
-    result |= {"ratio": known.get("ratio"), "limit": known.get("limit"), "share_of_limit": share(a)}
-    result |= {"peer_share_of_limit": peer_share(b) if peer else None, "peak_rss_mb": max(m.rss_mb for m in ours)}
-    result |= {"peer_peak_rss_mb": max((m.rss_mb for m in peer), default=None)}
-    return result | {"ours_runs": [m.value for m in ours], "peer_runs": [m.value for m in peer]}
-
-
-# -- what the machine can do -------------------------------------------------------------------------------------------
-
-
-def limits(device: str) -> dict[str, Any]:
-    """This machine's fastest matrix product, in FLOP/s by dtype, and its fastest read of memory, in bytes/s."""
-    import torch
-
-    def fastest(work: Callable[[], Any]) -> float:
-        best = math.inf
-        for _ in range(10):
-            started = time.perf_counter()
-            work()
-            if device.type != "cpu":
-                torch.accelerator.synchronize()
-            best = min(best, time.perf_counter() - started)
-        return best
-
-    device = resolve_device(device)
-    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # as train.py has it
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    found = {"device": device.type, "name": name, "threads": torch.get_num_threads()}
-    n = 2048 if device.type == "cpu" else 8192
-    # a CPU without the instructions takes a minute for one of these products, and nobody would compute so
-    onednn = torch.backends.mkldnn.is_available()
-    bfloat16 = device.type != "cpu" or (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    for dtype in ("float32", "bfloat16") if bfloat16 else ("float32",):
-        a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
-        found[dtype] = 2 * n**3 / fastest(lambda a=a, b=b: a @ b)
-    x, v = torch.ones(2**13, 2**14, device=device), torch.ones(2**14, device=device)  # 0.5 GB: more than caches hold
-    return found | {"read": 4 * x.numel() / min(fastest(x.sum), fastest(lambda: x @ v))}
-
-
 # -- train: milliseconds of an iteration -------------------------------------------------------------------------------
 
 
@@ -274,7 +143,7 @@ def train(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Iterato
     theirs += [*(["--dtype=bfloat16"] if device == "cuda" else []), *shlex.split(cfg.peer_flags)]
     ours, peer = [sys.executable, ROOT / "train.py", *both, *own], [sys.executable, "train.py", *both, *theirs]
     a, b = in_turn(
-        cfg,
+        cfg.repeats,
         f"train {size} (ms: ours, peer)",
         lambda _: time_training("our train.py", ours, work, steps),
         (lambda _: time_training("the peer's train.py", peer, cfg.nanogpt, steps)) if cfg.nanogpt else None,
@@ -370,7 +239,7 @@ def generate(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Iter
             return call("the peer's model", write_tokens, work, side=side, batch=1, **full)
 
         sides = [lambda _: ours(1), theirs if peer else None, None if turn else lambda _: ours(10)]
-        a, b, ten = in_turn(cfg, f"generate {size} (tokens/s: ours, peer, 10 at once)", *sides)
+        a, b, ten = in_turn(cfg.repeats, f"generate {size} (tokens/s: ours, peer, 10 at once)", *sides)
         name = f" ({Path(peer).name})" if len(cfg.peer) > 1 else ""
         yield row(("generate" + name, what, device, "tokens/s"), a, b, limit=limit, **shares)
         if ten:
@@ -378,7 +247,7 @@ def generate(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Iter
             yield row(("generate: 10 at once (ratio: to 1)", what, device, "tokens/s"), ten, [], ratio=gain)
     if size != cfg.size[0]:  # of a model of its own, once
         return
-    (far,) = in_turn(cfg, "generate (ms/token)", lambda _: call("our model.py", time_tokens, work, **same))
+    (far,) = in_turn(cfg.repeats, "generate (ms/token)", lambda _: call("our model.py", time_tokens, work, **same))
     flat = statistics.median(m.found["early"] for m in far) / statistics.median(m.value for m in far)
     what = ("generate: from token 4 T (ratio: from 100)", f"small {cfg.dtype}", device, "ms/token")
     yield row(what, far, [], ratio=flat)
@@ -451,7 +320,7 @@ def prepare(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Itera
         return speed(call("the peer's prepare.py", run_openwebtext, work, whole_tree=True, **theirs), script.parent)
 
     a, b = in_turn(
-        cfg,
+        cfg.repeats,
         "prepare (tokens/s: ours, peer)",
         lambda _: speed(run("prepare/text.py", ours, work, whole_tree=True), work / "ours"),
         peer if cfg.nanogpt else None,
@@ -495,7 +364,7 @@ def loss(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Iterator
         words = shlex.split(f"{PEER_LOSS[kind]} --device={device} {cfg.peer_flags}")
         return one("peer", [sys.executable, "train.py", *words, f"--dataset={data}"], cfg.nanogpt, repeat)
 
-    a, b = in_turn(cfg, "loss (s: ours, peer)", ours, peer if cfg.nanogpt else None)
+    a, b = in_turn(cfg.repeats, "loss (s: ours, peer)", ours, peer if cfg.nanogpt else None)
     yield row(("loss: time", Path(recipe).stem, kind, "s"), a, b)
     a, b = ([replace(m, value=m.found["loss"]) for m in side] for side in (a, b))
     yield row(("loss: whole val split", Path(recipe).stem, kind, "nats/token"), a, b)

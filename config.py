@@ -436,7 +436,7 @@ def one_line_errors() -> Iterator[None]:
     except ModuleNotFoundError as error:
         fail(f"this needs the Python package {error.name!r}: pip install {error.name}")
     except OSError as error:
-        fail(str(error))
+        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except (MemoryError, RuntimeError) as error:
         if not re.search("OutOfMemory|MemoryError|allocate memory", f"{type(error).__name__} {error}"):
             raise

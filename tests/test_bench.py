@@ -1,4 +1,4 @@
-"""bench.py: what it runs, in which order, on what, and its arithmetic on times that stand-ins make up."""
+"""bench.py and measure.py: what runs, in which order, on what, and its arithmetic on times that stand-ins make up."""
 
 import importlib.metadata
 import json
@@ -11,6 +11,7 @@ import pytest
 
 import bench
 import config
+import measure
 from model import GPT, GPTConfig
 from tests.conftest import ROOT
 
@@ -50,7 +51,7 @@ def stand_ins(tmp_path, monkeypatch):
         script = TRAIN.replace("SIDE", side).replace("NOTES", str(notes)).replace("MS", str(ms)).replace("DTYPE", dtype)
         (sides[side] / "train.py").write_text(script, encoding="utf-8")
     (sides["peer"] / "model.py").write_text("", encoding="utf-8")
-    measured = bench.Measured("", 1.0, 100.0, found=dict(MACHINE))
+    measured = measure.Measured("", 1.0, 100.0, found=dict(MACHINE))
     monkeypatch.setattr(bench, "ROOT", sides["ours"])
     monkeypatch.setattr(bench, "call", lambda name, function, *_, **__: measured if function is bench.limits else None)
 
@@ -166,23 +167,23 @@ def test_neither_help_nor_measuring_imports_torch():
 
 
 def test_rows_prefer_speed_and_low_cost():
-    def measured(*values: float) -> list[bench.Measured]:
-        return [bench.Measured("", 1, rss_mb=10 * value, value=value) for value in values]
+    def measured(*values: float) -> list[measure.Measured]:
+        return [measure.Measured("", 1, rss_mb=10 * value, value=value) for value in values]
 
-    speed = bench.row(("", "", "cpu", "tokens/s"), measured(7, 100, 8), measured(1, 2, 60))
+    speed = measure.row(("", "", "cpu", "tokens/s"), measured(7, 100, 8), measured(1, 2, 60))
     assert (speed["ours"], speed["peer"], speed["ratio"]) == (8, 2, 4)
     assert (speed["peak_rss_mb"], speed["peer_peak_rss_mb"]) == (1000, 600)
-    cost = bench.row(("", "", "cpu", "s"), measured(8), measured(2), limit=16, share=lambda value: value / 16)
+    cost = measure.row(("", "", "cpu", "s"), measured(8), measured(2), limit=16, share=lambda value: value / 16)
     assert (cost["ratio"], cost["share_of_limit"], cost["peer_share_of_limit"]) == (0.25, 0.5, 0.125)
 
 
 def test_peak_memory(tmp_path):
     hold = "import time; held = b'x' * 200_000_000"
-    own = bench.run("a child", [sys.executable, "-c", hold], tmp_path)
+    own = measure.run("a child", [sys.executable, "-c", hold], tmp_path)
     assert 200 < own.rss_mb < 2000  # at least this process's own, for it is what was forked
     if Path("/proc/self/smaps_rollup").exists():
         family = f"import subprocess, sys; {hold}; subprocess.run([sys.executable, '-c', {hold + '; time.sleep(1)'!r}])"
-        tree = bench.run("a family", [sys.executable, "-c", family], tmp_path, whole_tree=True)
+        tree = measure.run("a family", [sys.executable, "-c", family], tmp_path, whole_tree=True)
         assert 400 < tree.rss_mb < 500
 
 

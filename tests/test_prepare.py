@@ -350,6 +350,7 @@ def test_help_lists_the_options(kqv, script):
         ("text", ["--input=bad.parquet"], "bad.parquet: "),
         ("shakespeare_char", ["--input=latin1.txt"], "latin1.txt: not UTF-8"),
         ("shakespeare_char", ["--input=empty.txt"], "empty.txt is empty"),
+        ("shakespeare_char", ["--input=absent.txt"], "error: absent.txt: No such file or directory"),
         ("openwebtext", ["--limit=0"], "limit=0: must be at least 1"),
     ],
 )

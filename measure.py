@@ -1,0 +1,150 @@
+"""How bench.py measures: processes of their own, their time and peak memory, runs in turn and their medians, and what
+this machine can do at best.
+"""
+
+import inspect
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from config import ROOT, resolve_device
+from record import cpu_name
+
+
+@dataclass
+class Measured:
+    """What one process did; `value` is what a row compares, `found` what a function returned in it."""
+
+    output: str
+    seconds: float  # of the whole process
+    rss_mb: float  # at its peak
+    value: float = math.nan
+    found: dict[str, Any] | None = None
+
+
+def run(name: str, command: list[Any], cwd: Any, whole_tree: bool = False, **environment: str) -> Measured:
+    """Run a command to its end. ValueError with the last line of its stderr where it fails.
+
+    Peak memory is the process's own; with `whole_tree`, where there is a /proc, that of all it starts as well.
+    """
+    # without the first, the peer's checkout would get a __pycache__
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"} | environment
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        started = time.perf_counter()
+        child = subprocess.Popen(list(map(str, command)), cwd=cwd, stdout=out, stderr=err, env=environment)
+        ended, samples = threading.Event(), [0]
+        try:
+            if whole_tree:
+                threading.Thread(target=sample_memory, args=(child.pid, ended, samples), daemon=True).start()
+            _, status, usage = os.wait4(child.pid, 0)
+            seconds, child.returncode = time.perf_counter() - started, os.waitstatus_to_exitcode(status)
+        finally:
+            ended.set()
+            if child.returncode is None:  # Ctrl-C
+                child.kill()
+                child.wait()
+        out.seek(0)
+        err.seek(0)
+        output, said = (file.read().decode("utf-8", errors="replace") for file in (out, err))
+    if child.returncode:
+        reason = (said.strip() or f"exit code {child.returncode}").splitlines()[-1]
+        raise ValueError(f"{name} failed: {reason.removeprefix('error: ')}")
+    own = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Measured(output, seconds, (max(samples) or own) / 1e6)
+
+
+def sample_memory(pid: int, ended: threading.Event, samples: list[int]) -> None:
+    """Every quarter of a second: what a process and its descendants hold, a shared page counted once (PSS)."""
+    while not ended.wait(0.25):
+        total, family = 0, [pid]
+        for member in family:  # grows on the way
+            with suppress(OSError):  # it has ended, or there is no /proc
+                for task in Path(f"/proc/{member}/task").iterdir():
+                    family += map(int, (task / "children").read_text(encoding="utf-8").split())
+                rollup = Path(f"/proc/{member}/smaps_rollup").read_text(encoding="utf-8")
+                pss = re.search(r"^Pss:\s+(\d+)", rollup, re.MULTILINE)
+                total += 1024 * int(pss[1])
+        samples.append(total)
+
+
+def call(name: str, function: Callable[..., dict], cwd: Path, whole_tree: bool = False, **arguments: Any) -> Measured:
+    """Run one of our functions in a process of its own: its dict is `found`, and "value" in it the value."""
+    module = Path(inspect.getfile(function)).stem
+    code = f"import sys, json; sys.path.insert(0, sys.argv[1]); from {module} import {function.__name__} as function; "
+    code += "print(json.dumps(function(**json.loads(sys.argv[2]))))"
+    command = [sys.executable, "-c", code, ROOT, json.dumps(arguments)]
+    measured = run(name, command, cwd, whole_tree)
+    found = json.loads(measured.output.splitlines()[-1])
+    return replace(measured, found=found, value=found.get("value", math.nan))
+
+
+def in_turn(repeats: int, name: str, *sides: Callable[[int], Measured] | None) -> list[list[Measured]]:
+    """Run the sides A B A B ..., and say what came of it; a side that is None has no results."""
+    results = [[] for _ in sides]
+    for repeat in range(repeats):
+        for side, measured in zip(sides, results, strict=True):
+            measured += [side(repeat)] if side else []
+        values = ", ".join(f"{measured[-1].value:,.4g}" if measured else "-" for measured in results)
+        print(f"{name}, {repeat + 1} of {repeats}: {values}", file=sys.stderr, flush=True)
+    return results
+
+
+def row(what: tuple[str, str, str, str], ours: list[Measured], peer: list[Measured], **known: Any) -> dict[str, Any]:
+    """A result: medians, their ratio, above 1 where ours is better, and what else is `known`: limit, share, ratio.
+
+    `what`: task, size, device, unit. `share`: from a value to the part of `limit` that it is; `peer_share`: the peer's.
+    """
+    a, b = (statistics.median(m.value for m in side) if side else None for side in (ours, peer))
+    share = known.get("share", lambda value: None)
+    peer_share = known.get("peer_share", share)
+    if peer:
+        known["ratio"] = a / b if what[3] == "tokens/s" else b / a  # all other units are costs
+    result = dict(zip(("task", "size", "device", "unit"), what, strict=True)) | {"ours": a, "peer": b}
+    result |= {"ratio": known.get("ratio"), "limit": known.get("limit"), "share_of_limit": share(a)}
+    result |= {"peer_share_of_limit": peer_share(b) if peer else None, "peak_rss_mb": max(m.rss_mb for m in ours)}
+    result |= {"peer_peak_rss_mb": max((m.rss_mb for m in peer), default=None)}
+    return result | {"ours_runs": [m.value for m in ours], "peer_runs": [m.value for m in peer]}
+
+
+# -- what the machine can do -------------------------------------------------------------------------------------------
+
+
+def limits(device: str) -> dict[str, Any]:
+    """This machine's fastest matrix product, in FLOP/s by dtype, and its fastest read of memory, in bytes/s."""
+    import torch
+
+    def fastest(work: Callable[[], Any]) -> float:
+        best = math.inf
+        for _ in range(10):
+            started = time.perf_counter()
+            work()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
+            best = min(best, time.perf_counter() - started)
+        return best
+
+    device = resolve_device(device)
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # as train.py has it
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    found = {"device": device.type, "name": name, "threads": torch.get_num_threads()}
+    n = 2048 if device.type == "cpu" else 8192
+    # a CPU without the instructions takes a minute for one of these products, and nobody would compute so
+    onednn = torch.backends.mkldnn.is_available()
+    bfloat16 = device.type != "cpu" or (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    for dtype in ("float32", "bfloat16") if bfloat16 else ("float32",):
+        a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
+        found[dtype] = 2 * n**3 / fastest(lambda a=a, b=b: a @ b)
+    x, v = torch.ones(2**13, 2**14, device=device), torch.ones(2**14, device=device)  # 0.5 GB: more than caches hold
+    return found | {"read": 4 * x.numel() / min(fastest(x.sum), fastest(lambda: x @ v))}
