@@ -98,6 +98,11 @@ class Bench:
             raise ValueError("peer='hf' is for generate alone; the others need a nanoGPT checkout")
         if "loss" in self.tasks and self.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device={self.device!r}: loss runs on cpu | cuda")
+        for key in ("flags", "peer_flags"):
+            try:
+                shlex.split(getattr(self, key))
+            except ValueError as error:
+                raise ValueError(f"{key}={getattr(self, key)!r}: {error}") from None
         if self.json and not Path(self.json).resolve().parent.is_dir():
             raise ValueError(f"json={self.json!r}: no such folder")
 

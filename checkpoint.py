@@ -54,7 +54,8 @@ def save(checkpoint: dict[str, Any], out_dir: Path, best: bool, keep_last: int =
     finally:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
-    for old in sorted(out_dir.glob("ckpt-*.pt"))[:-keep_last] if keep_last else []:
+    kept = sorted(out_dir.glob("ckpt-*.pt"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    for old in kept[:-keep_last] if keep_last else []:
         old.unlink()
 
 

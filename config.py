@@ -55,7 +55,7 @@ class Machine:
         "compute type; float16 trains with a gradient scaler. auto: a 16-bit type where it is faster, not on most CPUs",
     ] = "auto"
     compile: Annotated[
-        bool | Literal["auto"], "torch.compile; auto tries it on GPUs and falls back with a line that says why"
+        bool | Literal["auto"], "torch.compile; auto: train.py tries it on GPUs, and says so where it falls back"
     ] = "auto"
     seed: Annotated[int, "one number from which all randomness follows"] = 1337
 
@@ -204,6 +204,8 @@ class SampleConfig(Machine, Sampling):
                 raise ValueError(f"{key}={getattr(self, key)}: must be above 0 and at most 1")
         if self.quantize and self.compile is True:
             raise ValueError(f"quantize={self.quantize!r}: does not work with compile=True")
+        if self.compile is True and not self.kv_cache:
+            raise ValueError("compile=True: does not work with kv_cache=False, whose shapes change with each token")
         if "" in self.stop:
             raise ValueError("stop='': no text at all would stop before it began")
         if not 0.01 <= self.repetition_penalty <= 100:
@@ -449,7 +451,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    process = f" in process {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    process = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
     print(f"error{process}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 

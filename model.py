@@ -80,6 +80,8 @@ class GPTConfig:
         self.n_inner = self.n_inner or (8 * math.ceil(self.n_embd / 3) if self.mlp == "swiglu" else 4 * self.n_embd)
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
+        if not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta={self.rope_theta}: must be above 0")
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd, and position=rope turns channels in pairs")
         if self.position == "sinusoidal" and self.n_embd % 2:
@@ -241,6 +243,13 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps), times a gain (arXiv:1910.07467); under autocast in float32, as LayerNorm is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.type_as(self.weight))
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,  # Hendrycks & Gimpel 2016, arXiv:1606.08415
     "gelu_tanh": partial(F.gelu, approximate="tanh"),  # the approximation that GPT-2 was trained with
@@ -250,7 +259,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 NORMS: dict[str, Callable[[GPTConfig, int], nn.Module]] = {
     "layernorm": lambda config, width: nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias),
-    "rmsnorm": lambda config, width: nn.RMSNorm(width, eps=config.norm_eps),  # arXiv:1910.07467
+    "rmsnorm": lambda config, width: RMSNorm(width, eps=config.norm_eps),
 }
 
 
@@ -455,9 +464,10 @@ class GPT(nn.Module):
             end = start + T
             assert end <= self.config.block_size, f"{end} tokens do not fit block_size={self.config.block_size}"
             pos = torch.arange(start, end, device=idx.device)  # (T)
-        chunked, head = targets is not None and self.config.vocab_size >= LARGE_VOCAB, self.lm_head.weight
-        if chunked and self.config.tie_embeddings:
-            x, head = TiedEmbedding.apply(idx, head)  # (B, T, C), (V, C)
+        chunked = targets is not None and self.config.vocab_size >= LARGE_VOCAB
+        tied = chunked and self.config.tie_embeddings
+        if tied:
+            x, head = TiedEmbedding.apply(idx, self.lm_head.weight)  # (B, T, C), (V, C)
         else:
             x = self.transformer.wte(idx)  # (B, T, C)
         if "wpe" in self.transformer:
@@ -472,6 +482,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         if chunked:
+            head = head if tied else self.lm_head.weight
             return None, LinearCrossEntropy.apply(x.flatten(0, 1), head, targets.flatten(), torch.is_grad_enabled())
         logits = self.lm_head(x)  # (B, T, V)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)

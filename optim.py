@@ -68,13 +68,16 @@ class Muon(torch.optim.Optimizer):
                 lr = lr * (1 - self.found_inf)
             updates = []
             for matrix in matrices:
-                buffer = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
-                gradient = matrix.grad
+                state, gradient = self.state[matrix], matrix.grad
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix)
+                buffer = state["momentum_buffer"]
                 if self.found_inf is not None:  # on a bad step nothing changes; no waiting for the device to know
                     gradient = torch.where(self.found_inf > 0, buffer, gradient)
                 buffer.lerp_(gradient, 1 - momentum)
                 updates.append(gradient.lerp(buffer, momentum))  # Nesterov's look ahead
-            updates = orthogonalize(torch.stack(updates), self.dtype)  # (n, rows, columns)
+            updates = torch.stack(updates)  # (n, rows, columns)
+            updates = orthogonalize(updates, self.dtype)
             updates *= -lr * math.sqrt(max(1, updates.size(1) / updates.size(2)))
             for matrix, update in zip(matrices, updates, strict=True):
                 matrix.mul_(1 - lr * group["weight_decay"]).add_(update)

@@ -45,11 +45,11 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach().float()  # (out, in)
         self.scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out)
-        self.weight = torch.round(weight / self.scale[:, None]).to(torch.int8)  # (out, in)
+        rounded = torch.round(weight / self.scale[:, None]).to(torch.int8)  # (out, in)
         zero_points = torch.zeros(len(weight), dtype=torch.int64)
         with warnings.catch_warnings():  # the kernel's own format is on its way out, the kernel is not
             warnings.simplefilter("ignore")
-            packed = torch._make_per_channel_quantized_tensor(self.weight, self.scale.double(), zero_points, 0)
+            packed = torch._make_per_channel_quantized_tensor(rounded, self.scale.double(), zero_points, 0)
         self.packed = torch.ops.quantized.linear_prepack(packed, None)
         self.bias = None if linear.bias is None else linear.bias.detach().float()
 

@@ -156,7 +156,7 @@ def memory(
     """Bytes that one process holds at each moment that can be the run's peak: {moment: {part: bytes}}.
 
     In between it is less: on the way back through the blocks activations go and gradients come at an even rate, so
-    one of the ends is the most; and clipping and the fused optimizer work in place.
+    one of the ends is the most; and clipping and the fused AdamW work in place. Muon does not.
     """
     C, H, G, D, F, T, V = c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.n_inner, c.block_size, c.vocab_size
     sizes = parameters(c)
@@ -200,10 +200,18 @@ def memory(
         4 * 2 * m * C + width * m * (C + {"relu2": 3, "swiglu": 4}.get(c.mlp, 2) * F),
         4 * 2 * m * C + width * m * (C + 2 * (H + 2 * G) * D) + scores,
     )
+    # Muon: a shape's updates side by side, the same normalised, a step's result; x x^T and its polynomial
+    stacks = []
+    up = 2 * F if c.mlp == "swiglu" else F
+    for rows, columns in (((H + 2 * G) * D, C), (C, H * D), (up, C), (C, F)):
+        stack, square = c.n_layer * rows * columns, c.n_layer * min(rows, columns) ** 2
+        stacks.append(12 * stack + 8 * square if width == 4 else max(8 * stack + 4 * square, 10 * stack))
+
     moments = {  # gradients, activations, temporary
         "loss": (before, sum(kept.values()), in_loss(n, training=True)),
         "blocks, backward": (before + head, sum(kept.values()) - kept["loss"], block),
         "end of backward": (buckets + trained, 0, second),
+        **({"Muon": (buckets + trained, 0, max(stacks))} if muon else {}),
         "evaluation": (buckets, kept["16-bit weights"], evaluation),
     }
     always = {"weights": weights, "optimizer": 4 * averages(c, muon) // (processes if sharded else 1)}

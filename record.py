@@ -63,25 +63,32 @@ class Log:
 
     def __init__(self, main: bool):
         self.main, self.file, self.wandb, self.progress = main, None, None, None
+        self.unread = False  # whether nobody reads what is printed any more: `head` has gone, or `tee`
         atexit.register(self.close)  # also after an error or Ctrl-C: the bar must give the terminal back
 
     def say(self, text: str) -> None:
         if self.progress:
             self.progress.console.print(text, markup=False, highlight=False)
         elif self.main:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:
+                self.unread = True
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                print("nobody reads the output any more: saving after this step", file=sys.stderr)
 
     def put_aside(self, out_dir: Path) -> None:
         """Move an earlier run's files to out_dir/previous: a command repeated by mistake must not cost a run."""
-        found = [out_dir / name for name in ("ckpt.pt", "best.pt", "metrics.jsonl", "config.json", "loss.png")]
-        if not found[0].exists():
+        patterns = ("ckpt*.pt", "best.pt", "metrics.jsonl", "config.json", "loss.png", "bad_batch.json")
+        found, previous = [path for pattern in patterns for path in out_dir.glob(pattern)], out_dir / "previous"
+        if not any(path.suffix == ".pt" for path in found):
             return
-        (out_dir / "previous").mkdir(exist_ok=True)
+        previous.mkdir(exist_ok=True)
+        for path in [path for pattern in patterns for path in previous.glob(pattern)]:
+            path.unlink()
         for path in found:
-            (out_dir / "previous" / path.name).unlink(missing_ok=True)
-            if path.exists():
-                path.rename(out_dir / "previous" / path.name)
-        self.say(f"{out_dir} has an earlier run: it is now in {out_dir / 'previous'}")
+            path.rename(previous / path.name)
+        self.say(f"{out_dir} has an earlier run: it is now in {previous}")
 
     def open(
         self,

@@ -23,7 +23,8 @@ from plan import learning_rate_concerns, micro_steps_of_each, padded_vocab_size,
 SETTINGS = parse_command_line(TrainConfig, __doc__) if __name__ == "__main__" else None
 if SETTINGS and SETTINGS[0].plan:
     with one_line_errors():
-        print(plan(SETTINGS[0], int(os.environ.get("WORLD_SIZE", 1)), SETTINGS[0].plan_device))
+        processes = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+        print(plan(SETTINGS[0], processes, SETTINGS[0].plan_device))
     sys.exit()
 
 import numpy as np
@@ -111,7 +112,8 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
     """Train as the settings say; returns the exit code."""
     # -- processes and device: torchrun sets these variables, without it there is one process
     rank, local_rank, world_size = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    distributed, world_size = world_size > 0, max(1, world_size)
+    distributed = "RANK" in os.environ
+    world_size = world_size if distributed else 1  # some clusters set WORLD_SIZE for every command
     began = time.monotonic()
     log = Log(main=rank == 0)
     if cfg.wandb_log and not cfg.eval_only:
@@ -133,10 +135,13 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         if distributed:
             dist.broadcast_object_list(received, group=host_group)
         saved = received.pop()
+    resumed = saved is not None
     if saved:
         # nanoGPT writes down a dtype also where it used none, on CPUs
         not_restored = NOT_RESTORED if "tokenizer" in saved else NOT_RESTORED | {"dtype"}
         cfg, origin = restore(cfg, origin, saved["config"], but=not_restored)
+        if not cfg.eval_only and cfg.optimizer != (before := saved["config"].get("optimizer", "adamw")):
+            raise ValueError(f"optimizer={cfg.optimizer!r}: cannot go on from the state of {before} in the checkpoint")
         of_model = {field.name: field.default for field in fields(GPTConfig)} | saved["model_args"]
         for key in of_model.keys() - {"dropout", "attention", "block_size"}:
             value, given = of_model[key], origin.get(key, "default") not in ("default", "checkpoint")
@@ -274,7 +279,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         out_dir.mkdir(parents=True, exist_ok=True)
     if cfg.wandb_log:
         wandb_id = log.open_wandb(out_dir, cfg.wandb_project, cfg.wandb_run_name, asdict(cfg), wandb_id)
-    if rank == 0 and iter_num == 0:
+    if rank == 0 and not resumed:
         log.put_aside(out_dir)
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     facts = {
@@ -332,7 +337,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         saving = bool(cfg.save_interval) and iter_num % cfg.save_interval == 0 and iter_num > resumed_iter
         sampling = bool(cfg.sample_interval) and (iter_num % cfg.sample_interval == 0 or last)
         too_long = cfg.max_minutes is not None and time.monotonic() - began > 60 * cfg.max_minutes
-        stopping = not last and agree(bool(signals) or too_long, host_group)
+        stopping = not last and agree(bool(signals) or too_long or log.unread, host_group)
 
         # once in a while: evaluate, save, write samples
         if evaluating or saving or sampling or stopping:
@@ -446,7 +451,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         iter_num += 1
 
     if stopping:
-        reason = ", ".join(signals) or f"max_minutes={cfg.max_minutes}"
+        reason = ", ".join(signals) or ("unread output" if log.unread else f"max_minutes={cfg.max_minutes}")
         log.say(f"stopped at iteration {iter_num} ({reason}), all is saved; --init_from=resume goes on from there")
     else:
         record(measured, elapsed)

@@ -21,7 +21,7 @@ block_size = 64
 
 n_layer = 3
 n_head = 4
-n_embd = 144  # 760,000 weights; nanoGPT's 4 layers, 128 wide, have 804,000
+n_embd = 144  # 759,000 weights; nanoGPT's 4 layers, 128 wide, have 804,000
 position = "rope"
 qk_norm = True
 mlp = "relu2"

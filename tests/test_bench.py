@@ -136,6 +136,7 @@ def test_a_failing_child_is_one_line(stand_ins, capsys, source, message):
         (["train", "--size=baby", "--size=huge"], "size='huge': expected baby | small | gpt2"),
         (["train", "--peer="], "peer='': not a checkout of nanoGPT"),
         (["loss", "--device=mps"], "device='mps': loss runs on cpu | cuda"),
+        (["train", "--flags='"], 'flags="\'": No closing quotation'),
         (["train", "--repeats=0"], "repeats=0: must be at least 1"),
         (["train", "--size=large"], "size='large': expected baby | small | gpt2"),
         (["train", "--json=nowhere/result.json"], "json='nowhere/result.json': no such folder"),

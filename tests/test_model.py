@@ -571,6 +571,7 @@ def test_cropping_changes_nothing_within_the_shorter_context(position):
     [
         ({"n_embd": 30}, "n_embd=30 is not divisible by n_head=4"),
         ({"n_kv_head": 3}, "n_head=4 is not divisible by n_kv_head=3"),
+        ({"rope_theta": 0.0}, "rope_theta=0.0: must be above 0"),
         ({"head_dim": 5, "position": "rope"}, "head_dim=5 is odd"),
         ({"n_embd": 15, "head_dim": 4, "position": "sinusoidal"}, "n_embd=15 is odd"),
         ({"position": "alibi"}, "position='alibi'"),

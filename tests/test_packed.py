@@ -58,7 +58,7 @@ def test_int8_weights_are_within_half_a_step_and_logits_within_five_percent():
     linear = torch.nn.Linear(64, 48)
     torch.backends.quantized.engine = "fbgemm"
     quantized, x = Int8Linear(linear), torch.randn(7, 64)
-    weight = quantized.weight * quantized.scale[:, None]
+    weight = torch.ops.quantized.linear_unpack(quantized.packed)[0].dequantize()  # what the kernel multiplies by
     assert ((weight - linear.weight).abs() <= 0.5001 * quantized.scale[:, None]).all()
     # x is off by half a step of its row at most, and errors of both signs add up
     expected = torch.nn.functional.linear(x, weight, linear.bias)

@@ -230,6 +230,10 @@ print("grown", resident("VmHWM") - before)
             "end of backward",
             "--vocab=65 --n_layer=4 --n_head=8 --n_embd=512 --block_size=32 --batch_size=2",
         ),
+        (
+            "Muon",
+            "--vocab=65 --n_layer=4 --n_head=8 --n_embd=512 --block_size=32 --batch_size=2 --optimizer=muon",
+        ),
         ("loss", "--vocab=50257 --n_layer=2 --n_head=4 --n_embd=64 --block_size=64 --batch_size=16"),
         (
             "evaluation",
@@ -264,7 +268,8 @@ def test_the_peak_is_within_15_percent_of_a_training_process(tmp_path, moment, a
     config = room.model_config(cfg, room.padded_vocab_size(vocab))
     width = 4 if cfg.dtype == "float32" else 2
     recomputed = cfg.activation_checkpointing
-    moments = room.memory(config, cfg.batch_size, width, False, 12, 1, processes=1, recomputed=recomputed)
+    muon = cfg.optimizer == "muon"
+    moments = room.memory(config, cfg.batch_size, width, False, 12, 1, processes=1, recomputed=recomputed, muon=muon)
     totals = {name: sum(parts.values()) for name, parts in moments.items()}
     assert max(totals, key=totals.get) == moment
     assert totals[moment] == pytest.approx(grown, rel=0.15)

@@ -328,6 +328,7 @@ def test_help_lists_the_options(kqv, script):
         ("python_stdlib", ["--tokeniser=byte"], "did you mean 'tokenizer'?"),
         ("python_stdlib", ["--tokenizer=gpt2"], "char | byte"),
         ("text", [], "--input=FILE"),
+        ("text", ["--input="], "--input=FILE"),
         ("text", ["--input=absent.txt"], "absent.txt"),
         ("text", ["--input=binary"], "binary: not text"),
         ("text", ["--input=latin1.txt"], "latin1.txt: not UTF-8"),

@@ -205,6 +205,7 @@ def test_bytes_that_are_no_text_are_shown_as_such():
         ([f"--seed={2**63}"], f"seed={2**63}: too large"),
         (["--stop=a", "--stop="], "stop=''"),
         (["--quantize=int8", "--compile"], "quantize='int8': does not work with compile=True"),
+        (["--compile", "--kv_cache=False"], "compile=True: does not work with kv_cache=False"),
         (["--quantize=int4"], "quantize='int4': expected int8 | None"),
         (["--out_dir=nowhere"], "no checkpoint nowhere/ckpt.pt"),
         (["--out_dir=latin.txt"], "latin.txt"),

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -252,6 +253,28 @@ def test_an_earlier_run_is_put_aside_not_overwritten(train, tmp_path):
     assert len(metrics(tmp_path / "out")) == 3
 
 
+def test_an_earlier_runs_last_few_are_put_aside_too(train, tmp_path):
+    train("--max_iters=4", "--save_interval=1", "--keep_last=2")
+    train("--max_iters=2", "--save_interval=1", "--keep_last=2")
+    for folder, kept in (("out/previous", (3, 4)), ("out", (1, 2))):
+        found = {path.name: checkpoint.load(path)["iter_num"] for path in (tmp_path / folder).glob("ckpt-*.pt")}
+        assert found == {f"ckpt-{iter_num:08d}.pt": iter_num for iter_num in kept}
+    train("--max_iters=1")  # of the one before the previous one nothing stays
+    assert sorted(path.name for path in (tmp_path / "out" / "previous").glob("ckpt-*.pt")) == [
+        *("ckpt-00000001.pt", "ckpt-00000002.pt")
+    ]
+
+
+def test_a_run_that_goes_on_from_its_first_save_is_no_earlier_run(train, tmp_path):
+    train("--max_iters=3")
+    train("--max_iters=3", "--max_minutes=0")  # stops at iteration 0
+    result = train("--init_from=resume", "--max_iters=2", "--learning_rate=0", "--max_minutes=None")
+    assert result.code == 0 and "earlier run" not in result.out
+    assert checkpoint.load(tmp_path / "out" / "previous" / "ckpt.pt")["iter_num"] == 3
+    assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 2
+    assert checkpoint.load(tmp_path / "out" / "best.pt")["iter_num"] == 0
+
+
 def test_no_iterations_at_all_is_an_evaluation_that_saves(train, tmp_path):
     assert train("--max_iters=0").code == 0
     assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 0
@@ -482,6 +505,37 @@ def test_a_second_control_c_stops_at_once(tmp_path, data_dir):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode in (75, 130) and "Traceback" not in error  # the two signals can arrive as one
+
+
+def test_a_run_whose_output_nobody_reads_any_more_saves(tmp_path, data_dir):
+    process = start(tmp_path, data_dir, "--max_iters=100000", "--eval_interval=100000")
+    wait_for_iteration(process, 20)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 75
+    assert process.stderr.read() == "nobody reads the output any more: saving after this step\n"
+    process.stderr.close()
+    assert 20 <= checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] < 100000
+
+
+def test_a_cluster_that_sets_world_size_alone_starts_one_process(train, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert train("--max_iters=1").code == 0
+    wrong = train("--lerning_rate=1")
+    assert wrong.code == 2 and wrong.err.startswith("error: unknown setting")
+
+
+def test_the_state_of_one_optimizer_is_not_taken_for_that_of_another(train):
+    train("--max_iters=1", "--optimizer=muon")
+    result = train("--init_from=resume", "--max_iters=2", "--optimizer=adamw")
+    assert result.code == 2
+    assert result.err == "error: optimizer='adamw': cannot go on from the state of muon in the checkpoint\n"
+
+
+def test_rmsnorm_in_bfloat16_says_nothing(train):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = ["--norm=rmsnorm", "--qk_norm", "--position=rope", "--dtype=bfloat16"]
+        assert train("--max_iters=1", *run).code == 0
 
 
 def test_max_minutes(train, tmp_path):
