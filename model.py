@@ -359,7 +359,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             of_target = p.gather(1, y)  # (n, 1)
             total = p.exp_().sum(dim=1, keepdim=True)  # (n, 1)
             loss += ((total.log() - of_target) * counts).sum()
-            if training:  # d loss / d logits is softmax - 1 for the target, softmax for the others
+            if training:  # d loss / d logits is p / total, the softmax, less 1 for the target
                 p = chunk.copy_(p.scatter_add_(1, y, -total).mul_(counts / total))
                 grad_x[start : start + rows] = p @ head  # (n, C)
                 if dtype == weight.dtype:

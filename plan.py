@@ -278,6 +278,8 @@ def find_device(plan_device: str | None, device: str) -> tuple[str, float | None
 
         if torch.cuda.is_available():
             return torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    if device.startswith("cuda"):
+        raise ValueError(f"device={device!r}: there is none here; which one is the plan for? --plan_device=h100")
     return "cpu", ram_bytes()
 
 

@@ -79,7 +79,15 @@ class Log:
 
     def put_aside(self, out_dir: Path) -> None:
         """Move an earlier run's files to out_dir/previous: a command repeated by mistake must not cost a run."""
-        patterns = ("ckpt*.pt", "best.pt", "metrics.jsonl", "config.json", "loss.png", "bad_batch.json")
+        patterns = [
+            "ckpt.pt",
+            "ckpt-[0-9]*.pt",
+            "best.pt",
+            "metrics.jsonl",
+            "config.json",
+            "loss.png",
+            "bad_batch.json",
+        ]
         found, previous = [path for pattern in patterns for path in out_dir.glob(pattern)], out_dir / "previous"
         if not any(path.suffix == ".pt" for path in found):
             return

@@ -137,7 +137,7 @@ def main(cfg: Text, origin: dict[str, str]) -> None:
 
     python prepare/text.py --input=book.txt --tokenizer=char
     """
-    if not all(cfg.input) or not cfg.input:
+    if not cfg.input or "" in cfg.input:
         raise ValueError("which text? --input=FILE, --input=FOLDER, or --input=- for standard input")
     name = cfg.name or Path(cfg.input[0]).resolve().name.split(".")[0]
     if cfg.name is None and (len(cfg.input) > 1 or cfg.input == ("-",)):

@@ -340,6 +340,9 @@ def test_devices_are_named_in_any_case_and_each_has_its_memory():
         assert room.find_device(spoken, "auto")[0] == name
     with pytest.raises(ValueError, match=r"plan_device='h10': expected b200 \| h200 \| .* \| 3080"):
         plan(settings("--dataset=nothing"), 1, "h10")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device='cuda:1': there is none here"):
+            plan(settings("--dataset=nothing", "--device=cuda:1"), 1, None)
     for device, dtype in (("t4", "float16"), ("a100", "bfloat16")):
         assert f" in {dtype};" in plan(settings("--dataset=nothing"), 1, device)
 
