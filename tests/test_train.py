@@ -649,9 +649,10 @@ def test_resuming_does_not_count_an_evaluation_twice(train, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # fifty starts of four seconds each, on a slow machine
 def test_fifty_kills_change_nothing(train, tmp_path, data_dir):
     """SIGKILL at random moments, the saving ones among them; the same command is simply given again."""
-    run = ["--init_from=auto", "--dropout=0.1", "--max_iters=3000", "--eval_interval=500", "--save_interval=3"]
+    run = ["--init_from=auto", "--dropout=0.1", "--max_iters=2000", "--eval_interval=500", "--save_interval=3"]
     run += ["--n_layer=1", "--keep_last=2"]
     draw, kills = random.Random(0), 0
     while kills < 50:
@@ -660,7 +661,7 @@ def test_fifty_kills_change_nothing(train, tmp_path, data_dir):
             for line in process.stdout:
                 if line.startswith(("iter", "step")):
                     break
-        time.sleep(draw.uniform(0, 0.4))
+        time.sleep(draw.uniform(0, 0.2))
         if process.poll() is not None:
             raise AssertionError("the run ended before it was killed often enough: " + process.stderr.read())
         process.kill()
@@ -669,7 +670,7 @@ def test_fifty_kills_change_nothing(train, tmp_path, data_dir):
     assert train(*run, "--out_dir=killed").code == 0
     assert train(*run, "--out_dir=straight").code == 0
     assert_same_weights(tmp_path / "killed" / "ckpt.pt", tmp_path / "straight" / "ckpt.pt")
-    assert [record["iter"] for record in metrics(tmp_path / "killed")] == list(range(3001))
+    assert [record["iter"] for record in metrics(tmp_path / "killed")] == list(range(2001))
     for key in ("train_loss", "val_loss"):
         assert column(tmp_path / "killed", key) == column(tmp_path / "straight", key)
 
