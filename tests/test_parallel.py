@@ -47,6 +47,7 @@ def test_two_processes_are_one_on_the_same_global_batch(train, command, tmp_path
     assert sample.code == 0 and sample.out.startswith("the ")
 
 
+@pytest.mark.slow
 def test_only_the_first_process_needs_the_checkpoint_and_errors_end_all(tmp_path, data_dir, train):
     """nanoGPT's other processes read the file too, so that several machines need one disk."""
     train("--max_iters=2", "--gradient_accumulation_steps=2")
