@@ -54,15 +54,16 @@ def save(checkpoint: dict[str, Any], out_dir: Path, best: bool, keep_last: int =
     finally:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
-    kept = sorted(out_dir.glob("ckpt-*.pt"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-    for old in kept[:-keep_last] if keep_last else []:
-        old.unlink()
+    if keep_last:
+        for old in [path for path in find(out_dir) if path.name.startswith("ckpt-")][keep_last:]:
+            old.unlink()
 
 
 def find(out_dir: Path) -> list[Path]:
     """The checkpoints there are, those last written first."""
     found = [path for pattern in ("ckpt.pt", "ckpt-*.pt", "best.pt") for path in out_dir.glob(pattern)]
-    return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)  # stable: ckpt.pt before its twins
+    # of one moment ckpt.pt comes before its twins, and the higher iteration before the lower
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 
 def load_newest(out_dir: Path, say: Callable[[str], None]) -> dict[str, Any]:

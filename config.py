@@ -34,7 +34,7 @@ from typing import (
 
 import typer
 
-from record import cpu_likes_bfloat16
+from record import cpu_likes_bfloat16, discard_output
 
 if TYPE_CHECKING:
     import torch
@@ -433,7 +433,7 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         fail("interrupted", code=130)
     except BrokenPipeError:  # the reader of our output, `head` say, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         sys.exit(1)
     except ModuleNotFoundError as error:
         fail(f"this needs the Python package {error.name!r}: pip install {error.name}")

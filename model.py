@@ -465,9 +465,9 @@ class GPT(nn.Module):
             assert end <= self.config.block_size, f"{end} tokens do not fit block_size={self.config.block_size}"
             pos = torch.arange(start, end, device=idx.device)  # (T)
         chunked = targets is not None and self.config.vocab_size >= LARGE_VOCAB
-        tied = chunked and self.config.tie_embeddings
-        if tied:
-            x, head = TiedEmbedding.apply(idx, self.lm_head.weight)  # (B, T, C), (V, C)
+        head = self.lm_head.weight if chunked else None
+        if chunked and self.config.tie_embeddings:
+            x, head = TiedEmbedding.apply(idx, head)  # (B, T, C), (V, C)
         else:
             x = self.transformer.wte(idx)  # (B, T, C)
         if "wpe" in self.transformer:
@@ -482,7 +482,6 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         if chunked:
-            head = head if tied else self.lm_head.weight
             return None, LinearCrossEntropy.apply(x.flatten(0, 1), head, targets.flatten(), torch.is_grad_enabled())
         logits = self.lm_head(x)  # (B, T, V)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)

@@ -76,7 +76,7 @@ class Muon(torch.optim.Optimizer):
                     gradient = torch.where(self.found_inf > 0, buffer, gradient)
                 buffer.lerp_(gradient, 1 - momentum)
                 updates.append(gradient.lerp(buffer, momentum))  # Nesterov's look ahead
-            updates = torch.stack(updates)  # (n, rows, columns)
+            updates = torch.stack(updates)  # (n, rows, columns); the list is let go before more memory is needed
             updates = orthogonalize(updates, self.dtype)
             updates *= -lr * math.sqrt(max(1, updates.size(1) / updates.size(2)))
             for matrix, update in zip(matrices, updates, strict=True):

@@ -35,17 +35,23 @@ MEMORY_GB |= {"RTX 5090": 32, "RTX 4090": 24, "RTX 4080": 16, "RTX 3090": 24, "R
 # -- the formulas: c is a GPTConfig, or anything with its fields ------------------------------------------------------
 
 
+def block_matrices(c: "GPTConfig") -> list[tuple[int, int]]:
+    """(out, in) of a block's four: queries, keys and values; attention's way out; the MLP's ways in and out."""
+    C, D, F = c.n_embd, c.head_dim, c.n_inner
+    up = 2 * F if c.mlp == "swiglu" else F  # swiglu: gate and value
+    return [((c.n_head + 2 * c.n_kv_head) * D, C), (C, c.n_head * D), (up, C), (C, F)]
+
+
 def parameters(c: "GPTConfig") -> dict[str, int]:
     """How many weights each part of the model has. What is tied is counted once."""
-    C, H, G, D, F = c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.n_inner
-    up = 2 * F if c.mlp == "swiglu" else F  # swiglu: gate and value
+    C, D = c.n_embd, c.head_dim
     vectors = 2 if c.norm == "layernorm" and c.bias else 1  # of a norm: gain, bias
     positions = c.block_size * C if c.position in ("learned", "sinusoidal") else 0
-    attention = C * (H + 2 * G) * D + H * D * C + c.bias * ((H + 2 * G) * D + C)  # c_attn, c_proj, their biases
+    c_attn, attn_c_proj, c_fc, mlp_c_proj = (out * (inputs + c.bias) for out, inputs in block_matrices(c))
     sizes = {
         "embeddings": (1 if c.tie_embeddings else 2) * c.vocab_size * C + positions,
-        "attention": c.n_layer * attention,
-        "MLP": c.n_layer * (C * up + F * C + c.bias * (up + C)),
+        "attention": c.n_layer * (c_attn + attn_c_proj),
+        "MLP": c.n_layer * (c_fc + mlp_c_proj),
         "norms": vectors * (c.n_layer * (2 * C + 2 * D * c.qk_norm) + C),
     }
     return sizes | ({"convolutions": c.n_layer * 2 * c.short_conv * C} if c.short_conv else {})
@@ -62,8 +68,7 @@ def flops_per_token(c: "GPTConfig") -> int:
 def averages(c: "GPTConfig", muon: bool) -> int:
     """Numbers that the optimizer keeps: AdamW two running averages for each weight, Muon one for each of its own."""
     fixed = c.block_size * c.n_embd if c.position == "sinusoidal" else 0
-    C, H, G, D = c.n_embd, c.n_head, c.n_kv_head, c.head_dim
-    matrices = c.n_layer * C * ((H + 2 * G) * D + H * D + (3 if c.mlp == "swiglu" else 2) * c.n_inner)
+    matrices = c.n_layer * sum(map(math.prod, block_matrices(c)))
     return 2 * (sum(parameters(c).values()) - fixed) - (matrices if muon else 0)
 
 
@@ -123,8 +128,7 @@ def kept_for_backward(c: "GPTConfig", B: int, width: int, gpu: bool, recomputed:
 
     large = V >= LARGE_VOCAB  # the loss keeps not the logits but the gradients of the head's input and weights
     loss = 4 * (n + V) * C if large else width * n * C + 4 * n * V + 8 * n  # else that input, log softmax, targets
-    matrices = c.n_layer * (C * (H + 2 * G) * D + H * D * C + (3 if c.mlp == "swiglu" else 2) * C * F)
-    matrices += 0 if large else V * C
+    matrices = c.n_layer * sum(map(math.prod, block_matrices(c))) + (0 if large else V * C)
     norms = (2 * c.n_layer + 1) * norm
     if c.short_conv:  # a block's two convolutions keep a copy of what they look back on
         norms += 2 * c.n_layer * 4 * B * (T + c.short_conv) * C
@@ -139,6 +143,16 @@ def kept_for_backward(c: "GPTConfig", B: int, width: int, gpu: bool, recomputed:
         "loss": loss,
         "16-bit weights": 2 * matrices if half else 0,
     }
+
+
+def in_muon(c: "GPTConfig", width: int) -> int:
+    """Bytes, at most, of what Muon's step holds besides its averages: the matrices of one shape side by side."""
+    most = 0
+    for rows, columns in block_matrices(c):
+        stack, square = c.n_layer * rows * columns, c.n_layer * min(rows, columns) ** 2
+        # in float32: the updates, the same normalised, a step's result; x x^T and its polynomial
+        most = max(most, 12 * stack + 8 * square if width == 4 else max(8 * stack + 4 * square, 10 * stack))
+    return most
 
 
 def memory(
@@ -200,18 +214,11 @@ def memory(
         4 * 2 * m * C + width * m * (C + {"relu2": 3, "swiglu": 4}.get(c.mlp, 2) * F),
         4 * 2 * m * C + width * m * (C + 2 * (H + 2 * G) * D) + scores,
     )
-    # Muon: a shape's updates side by side, the same normalised, a step's result; x x^T and its polynomial
-    stacks = []
-    up = 2 * F if c.mlp == "swiglu" else F
-    for rows, columns in (((H + 2 * G) * D, C), (C, H * D), (up, C), (C, F)):
-        stack, square = c.n_layer * rows * columns, c.n_layer * min(rows, columns) ** 2
-        stacks.append(12 * stack + 8 * square if width == 4 else max(8 * stack + 4 * square, 10 * stack))
-
     moments = {  # gradients, activations, temporary
         "loss": (before, sum(kept.values()), in_loss(n, training=True)),
         "blocks, backward": (before + head, sum(kept.values()) - kept["loss"], block),
         "end of backward": (buckets + trained, 0, second),
-        **({"Muon": (buckets + trained, 0, max(stacks))} if muon else {}),
+        **({"Muon": (buckets + trained, 0, in_muon(c, width))} if muon else {}),
         "evaluation": (buckets, kept["16-bit weights"], evaluation),
     }
     always = {"weights": weights, "optimizer": 4 * averages(c, muon) // (processes if sharded else 1)}

@@ -55,6 +55,16 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
 MEASURED = ("train_eval_loss", "val_loss", "val_bpb")  # by an evaluation
 
 
+def files_of_run(folder: Path) -> list[Path]:
+    patterns = ("ckpt.pt", "ckpt-[0-9]*.pt", "best.pt", "metrics.jsonl", "config.json", "bad_batch.json", "loss.png")
+    return [path for pattern in patterns for path in folder.glob(pattern)]
+
+
+def discard_output() -> None:
+    """What is printed from here on goes nowhere: the reader of our output, `head` say, has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Log:
     """One run's record. What processes other than the main one say is dropped.
 
@@ -74,25 +84,16 @@ class Log:
                 print(text, flush=True)
             except BrokenPipeError:
                 self.unread = True
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                discard_output()
                 print("nobody reads the output any more: saving after this step", file=sys.stderr)
 
     def put_aside(self, out_dir: Path) -> None:
         """Move an earlier run's files to out_dir/previous: a command repeated by mistake must not cost a run."""
-        patterns = [
-            "ckpt.pt",
-            "ckpt-[0-9]*.pt",
-            "best.pt",
-            "metrics.jsonl",
-            "config.json",
-            "loss.png",
-            "bad_batch.json",
-        ]
-        found, previous = [path for pattern in patterns for path in out_dir.glob(pattern)], out_dir / "previous"
+        found, previous = files_of_run(out_dir), out_dir / "previous"
         if not any(path.suffix == ".pt" for path in found):
             return
         previous.mkdir(exist_ok=True)
-        for path in [path for pattern in patterns for path in previous.glob(pattern)]:
+        for path in files_of_run(previous):
             path.unlink()
         for path in found:
             path.rename(previous / path.name)

@@ -19,12 +19,14 @@ from types import FrameType
 from config import EVAL_BATCH, TrainConfig, one_line_errors, parse_command_line, resolve_device, resolve_dtype, restore
 from plan import learning_rate_concerns, micro_steps_of_each, padded_vocab_size, plan
 
+# torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; some clusters set the last for every command
+DISTRIBUTED = "RANK" in os.environ
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if DISTRIBUTED else 1
 # Before torch is imported, so that --help and a misspelt setting are answered at once.
 SETTINGS = parse_command_line(TrainConfig, __doc__) if __name__ == "__main__" else None
 if SETTINGS and SETTINGS[0].plan:
     with one_line_errors():
-        processes = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
-        print(plan(SETTINGS[0], processes, SETTINGS[0].plan_device))
+        print(plan(SETTINGS[0], WORLD_SIZE, SETTINGS[0].plan_device))
     sys.exit()
 
 import numpy as np
@@ -110,10 +112,9 @@ def catch_signals() -> list[str]:
 
 def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
     """Train as the settings say; returns the exit code."""
-    # -- processes and device: torchrun sets these variables, without it there is one process
-    rank, local_rank, world_size = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    distributed = "RANK" in os.environ
-    world_size = world_size if distributed else 1  # some clusters set WORLD_SIZE for every command
+    # -- processes and device: without torchrun there is one process
+    rank, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK"))
+    distributed, world_size = DISTRIBUTED, WORLD_SIZE
     began = time.monotonic()
     log = Log(main=rank == 0)
     if cfg.wandb_log and not cfg.eval_only:
@@ -451,7 +452,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         iter_num += 1
 
     if stopping:
-        reason = ", ".join(signals) or ("unread output" if log.unread else f"max_minutes={cfg.max_minutes}")
+        reason = ", ".join(signals) or f"max_minutes={cfg.max_minutes}"
         log.say(f"stopped at iteration {iter_num} ({reason}), all is saved; --init_from=resume goes on from there")
     else:
         record(measured, elapsed)
