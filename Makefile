@@ -1,6 +1,9 @@
 # make demo: from nothing to a trained GPT and its samples.  make test: lint and the fast tests.  make slow: the rest.
 PYTHON ?= python3
 BIN := .venv/bin
+# as many tests at once as there are cores; threads that wait must sleep then. Two for each test: what depends on the
+# order in which threads add shows with two
+PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist=worksteal
 CONFIG := configs/train_python_stdlib.py
 
 .PHONY: demo test slow gpu
@@ -19,10 +22,10 @@ data/python_stdlib/meta.json: | .venv/run
 test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 slow: .venv/test
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # on a machine with a GPU, beside a checkout of nanoGPT: make gpu PEER=../nanoGPT, and BENCH=--input=FILE where tiny
 # Shakespeare cannot be downloaded. Some minutes: each side runs once
