@@ -33,9 +33,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import config
 from config import ROOT, TrainConfig
+from hardware import cpu_name, peak_flops
 from measure import Measured, call, in_turn, limits, row, run
 from plan import flops_per_token, model_config, padded_vocab_size, parameters
-from record import cpu_name, git, peak_flops, write_whole
+from record import git, write_whole
 from report import print_table
 
 CHARS = string.printable[:65]  # as many as tiny Shakespeare has

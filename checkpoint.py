@@ -124,7 +124,7 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
                     if missing := due - moments.keys():
                         raise KeyError(f"the optimizer's {min(missing)}")
                     if key == "optimizer" and (moments["step"].numel() != 1 or moments["step"] < 0):
-                        raise ValueError("the optimizer's number of steps cannot be")
+                        raise ValueError("the optimizer's step count is not a possible value")
                     if key == "optimizer" and (moments["exp_avg_sq"] < 0).any():
                         raise ValueError("the optimizer's average of squares cannot be negative")
     except pickle.UnpicklingError as error:
@@ -165,7 +165,7 @@ def check_loop(state: dict[str, Any]) -> None:
         "wandb_id": isinstance(state.get("wandb_id"), str | None),
     }
     if wrong := [key for key, is_sound in sound.items() if not is_sound]:
-        raise ValueError(f"its {wrong[0]} cannot be")
+        raise ValueError(f"its {wrong[0]} is not a possible value")
 
 
 def check_tensors(tensors: dict[str, Any]) -> None:

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import (
-    TYPE_CHECKING,
     Annotated,
     Any,
     Literal,
@@ -33,11 +32,6 @@ from typing import (
 )
 
 import typer
-
-from record import cpu_likes_bfloat16, discard_output
-
-if TYPE_CHECKING:
-    import torch
 
 ROOT = Path(__file__).resolve().parent
 Settings = TypeVar("Settings")
@@ -61,22 +55,38 @@ class Machine:
 
 
 @dataclass(kw_only=True)
-class Output:
-    out_dir: Annotated[str, "folder for the checkpoints and metrics"] = "out"
-    eval_interval: Annotated[int, "evaluate (and save) every so many iterations"] = 2000
-    log_interval: Annotated[int, "log the training loss every so many iterations"] = 1
-    eval_iters: Annotated[int, "evaluate on so many batches of 12 fixed windows; 0: the whole split"] = 200
+class Training:
+    init_from: Annotated[str, "scratch | resume | auto: resume if there is a run | gpt2 ... gpt2-xl | a folder"] = (
+        "scratch"
+    )
+    max_iters: Annotated[int, "optimizer steps in all"] = 600000
+    max_minutes: Annotated[float | None, "save and stop after N minutes"] = None
+    patience: Annotated[int | None, "stop after N evaluations without a better val_loss"] = None
+    max_bad_steps: Annotated[int, "stop after N steps in a row without a finite loss and gradient"] = 10
+    eval_only: Annotated[bool, "evaluate once, write nothing and stop"] = False
     plan: Annotated[bool, "print what the run will take (memory, time, ...) and stop; nothing is run or written"] = (
         False
     )
     plan_device: Annotated[str | None, "the device to plan for: h100, a100, rtx 4090, ...; None: this machine's"] = None
-    eval_only: Annotated[bool, "evaluate once, write nothing and stop"] = False
+    strategy: Annotated[
+        Literal["ddp", "fsdp"], "several processes: each has the whole model, or a share of it (FSDP)"
+    ] = "ddp"
+    activation_checkpointing: Annotated[bool, "keep fewer activations and compute them again: slower, smaller"] = False
+    backend: Annotated[
+        Literal["auto", "nccl", "gloo", "mpi", "ucc"], "of torch.distributed; auto: nccl on GPUs, gloo on CPUs"
+    ] = "auto"
+
+
+@dataclass(kw_only=True)
+class Output:
+    out_dir: Annotated[str, "folder for the checkpoints and metrics"] = "out"
+    eval_interval: Annotated[int, "iterations between evaluations, each of which can save"] = 2000
+    log_interval: Annotated[int, "iterations between logged training losses"] = 1
+    eval_iters: Annotated[int, "batches of 12 fixed windows to evaluate on; 0: the whole split"] = 200
     always_save_checkpoint: Annotated[bool, "save ckpt.pt at each evaluation, not only when val_loss improves"] = True
-    save_interval: Annotated[int | None, "save ckpt.pt every so many iterations too, not only when evaluating"] = None
-    keep_last: Annotated[int, "keep the last so many saves as ckpt-ITERATION.pt too"] = 0
-    sample_interval: Annotated[
-        int | None, "write two samples, always from the same seeds, every so many iterations"
-    ] = None
+    save_interval: Annotated[int | None, "also save ckpt.pt every N iterations, between evaluations"] = None
+    keep_last: Annotated[int, "also keep the last N saves, as ckpt-ITERATION.pt"] = 0
+    sample_interval: Annotated[int | None, "write two samples every N iterations, always from the same seeds"] = None
     save_errors: Annotated[Literal["continue", "stop"], "what to do when a save fails, the last one apart"] = "continue"
     wandb_log: Annotated[bool, "also log to Weights & Biases"] = False
     wandb_project: Annotated[str, "its project"] = "owt"
@@ -107,7 +117,7 @@ class Model:
     head_dim: Annotated[int | None, "width of a head; None: n_embd / n_head"] = None
     n_inner: Annotated[int | None, "width inside the MLP; None: 4 n_embd (swiglu: 8/3 n_embd)"] = None
     qk_norm: Annotated[bool, "normalise queries and keys, in the way of `norm`"] = False
-    short_conv: Annotated[int, "mix each token with so many earlier ones, twice a block (Canon layers); 0: do not"] = 0
+    short_conv: Annotated[int, "mix each token with the N before it, twice in each block (Canon layers); 0: off"] = 0
     tie_embeddings: Annotated[bool, "one matrix for the token embedding and the output head"] = True
     rope_theta: Annotated[float, "base of the rotary frequencies"] = 10000.0
     norm_eps: Annotated[float, "epsilon of the normalisations"] = 1e-5
@@ -116,13 +126,6 @@ class Model:
 
 @dataclass(kw_only=True)
 class Optimizer:
-    init_from: Annotated[str, "scratch | resume | auto: resume if there is a run | gpt2 ... gpt2-xl | a folder"] = (
-        "scratch"
-    )
-    max_iters: Annotated[int, "optimizer steps in all"] = 600000
-    max_minutes: Annotated[float | None, "save and stop after so many minutes"] = None
-    patience: Annotated[int | None, "stop when val_loss has not improved for so many evaluations"] = None
-    max_bad_steps: Annotated[int, "stop after so many steps in a row without a finite loss and gradient"] = 10
     optimizer: Annotated[Literal["adamw", "muon"], "muon: Muon for the blocks' matrices, AdamW for the rest"] = "adamw"
     learning_rate: Annotated[float, "peak learning rate (AdamW's)"] = 6e-4
     muon_lr: Annotated[float, "Muon's peak learning rate, which follows the same schedule"] = 0.02
@@ -130,7 +133,7 @@ class Optimizer:
     weight_decay: Annotated[float, "weight decay, not on gains and biases"] = 1e-1
     beta1: Annotated[float, "AdamW's first beta"] = 0.9
     beta2: Annotated[float, "AdamW's second beta"] = 0.95
-    grad_clip: Annotated[float, "clip the gradient to this norm; 0: do not"] = 1.0
+    grad_clip: Annotated[float, "largest gradient norm; larger gradients are scaled down to it; 0: no clipping"] = 1.0
     decay_lr: Annotated[bool, "warm up, then decay; False: constant learning_rate"] = True
     schedule: Annotated[
         Literal["cosine", "wsd"], "decay along a cosine, or stay at the peak and then decay along a line"
@@ -139,17 +142,10 @@ class Optimizer:
     warmup_iters: Annotated[int, "iterations of linear warm-up"] = 2000
     lr_decay_iters: Annotated[int | None, "where the decay ends; None: max_iters"] = None
     min_lr: Annotated[float, "learning rate at its end, about learning_rate / 10"] = 6e-5
-    strategy: Annotated[
-        Literal["ddp", "fsdp"], "several processes: each has the whole model, or a share of it (FSDP)"
-    ] = "ddp"
-    activation_checkpointing: Annotated[bool, "keep fewer activations and compute them again: slower, smaller"] = False
-    backend: Annotated[
-        Literal["auto", "nccl", "gloo", "mpi", "ucc"], "of torch.distributed; auto: nccl on GPUs, gloo on CPUs"
-    ] = "auto"
 
 
 @dataclass(kw_only=True)
-class TrainConfig(Machine, Optimizer, Model, Data, Output):
+class TrainConfig(Machine, Training, Optimizer, Model, Data, Output):
     def __post_init__(self):
         check_init_from(self.init_from, "scratch", "resume", "auto")
         at_least(self, 1, "batch_size", "gradient_accumulation_steps", "block_size", "eval_interval", "log_interval")
@@ -219,10 +215,7 @@ def check_init_from(init_from: str, *ours: str) -> None:
 
 
 def at_least(config: Any, low: int, *keys: str) -> None:
-    """Raise ValueError where one of `config`'s numbers is below `low`, or no finite number of a sane size.
-
-    None is fine: it means "not set".
-    """
+    """ValueError where one of `config`'s numbers is below `low`, nan, or 2**63 and more. None, "not set", passes."""
     for key in keys:
         value = getattr(config, key)
         if value is not None and not value >= low:  # `not >=` also catches nan
@@ -311,12 +304,11 @@ def normalize(arguments: list[str], kinds: dict[str, Any]) -> list[str]:
             raise ValueError(f"unknown option {argument!r}; settings are given as --key=value")
         key, equals, value = argument[2:].partition("=")
         key = key.replace("-", "_")
-        if not equals and key.removeprefix("no_") in booleans:
-            bare = str(not key.startswith("no_") or key in booleans)
-            value = (
-                queue.pop(0) if key in booleans and queue and queue[0].lower() in ("true", "false", "auto") else bare
-            )
-            key, equals = key if key in booleans else key.removeprefix("no_"), "="
+        if not equals and key in booleans:  # --compile, or --compile False
+            said = bool(queue) and queue[0].lower() in ("true", "false", "auto")
+            equals, value = "=", queue.pop(0) if said else "True"
+        elif not equals and key.removeprefix("no_") in booleans:  # --no-compile
+            key, equals, value = key.removeprefix("no_"), "=", "False"
         if key not in kinds:
             raise ValueError(unknown(key, list(kinds)))
         if not equals:
@@ -390,37 +382,6 @@ def restore(
     return replace(config, **values), origin | dict.fromkeys(keys, "checkpoint")
 
 
-def resolve_device(device: str, local_rank: int = 0) -> "torch.device":
-    """The device that was asked for, or for "auto" the best there is. ValueError where this machine lacks it."""
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = device.partition(":")
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if kind not in available or (index and not index.isdecimal()):
-        raise ValueError(f"device={device!r}: expected auto | cpu | cuda | cuda:N | mps")
-    if not available[kind]:
-        raise ValueError(f"device={device!r}: not available on this machine (PyTorch {torch.__version__})")
-    if kind == "cuda":
-        index = int(index or local_rank)
-        if index >= torch.cuda.device_count():
-            raise ValueError(f"device=cuda:{index}: this machine has {torch.cuda.device_count()} CUDA device(s)")
-        device = f"cuda:{index}"
-    return torch.device(device)
-
-
-def resolve_dtype(dtype: str, device: "torch.device") -> "torch.dtype":
-    """The compute type that was asked for, or for "auto" the fastest that trains as well as float32."""
-    import torch
-
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cpu" and cpu_likes_bfloat16() else "float32"
-        if device.type == "cuda":
-            dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    return getattr(torch, dtype)
-
-
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """What a user can cause ends in one line on stderr and exit code 2.
@@ -442,12 +403,18 @@ def one_line_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not re.search("OutOfMemory|MemoryError|allocate memory", f"{type(error).__name__} {error}"):
             raise
-        fail("out of memory: lower --batch_size (and raise --gradient_accumulation_steps), --block_size or the model")
+        lower = "train.py takes less with a lower --batch_size or --block_size, sample.py with fewer --num_samples"
+        fail(f"out of memory: {lower}")
     except ValueError as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if raised_in.is_relative_to(ROOT) and "site-packages" not in raised_in.parts:
             fail(str(error))
         raise
+
+
+def discard_output() -> None:
+    """What is printed from here on goes nowhere: the reader of our output, `head` say, has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

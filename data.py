@@ -132,9 +132,8 @@ class Split:
         """The order of one epoch's windows, and where the first window of each shard starts."""
         random = np.random.default_rng((seed, epoch))
         slack = [len(shard) - 1 - n * self.block_size for shard, n in zip(self.shards, self.windows, strict=True)]
-        starts = random.integers(
-            np.minimum(slack, self.block_size - 1) + 1
-        )  # shifted, so that no cut is always the same
+        # each epoch shifts the cuts, so that windows do not always begin at the same places
+        starts = random.integers(np.minimum(slack, self.block_size - 1) + 1)
         return random.permutation(np.arange(self.windows.sum(), dtype=np.uint32)), starts
 
     def batch(self, seed: int, first: int, batch_size: int) -> "tuple[Tensor, Tensor]":

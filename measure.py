@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from config import ROOT, resolve_device
-from record import cpu_name
+from config import ROOT
+from hardware import cpu_name, resolve_device
 
 
 @dataclass
@@ -101,21 +101,39 @@ def in_turn(repeats: int, name: str, *sides: Callable[[int], Measured] | None) -
     return results
 
 
-def row(what: tuple[str, str, str, str], ours: list[Measured], peer: list[Measured], **known: Any) -> dict[str, Any]:
-    """A result: medians, their ratio, above 1 where ours is better, and what else is `known`: limit, share, ratio.
+def row(
+    what: tuple[str, str, str, str],
+    ours: list[Measured],
+    peer: list[Measured],
+    limit: float | None = None,
+    share: Callable[[float], float] | None = None,
+    peer_share: Callable[[float], float] | None = None,
+    ratio: float | None = None,
+) -> dict[str, Any]:
+    """A result: medians, and their ratio (or the one given, where there is no peer), above 1 where ours is better.
 
     `what`: task, size, device, unit. `share`: from a value to the part of `limit` that it is; `peer_share`: the peer's.
     """
+    task, size, device, unit = what
     a, b = (statistics.median(m.value for m in side) if side else None for side in (ours, peer))
-    share = known.get("share", lambda value: None)
-    peer_share = known.get("peer_share", share)
     if peer:
-        known["ratio"] = a / b if what[3] == "tokens/s" else b / a  # all other units are costs
-    result = dict(zip(("task", "size", "device", "unit"), what, strict=True)) | {"ours": a, "peer": b}
-    result |= {"ratio": known.get("ratio"), "limit": known.get("limit"), "share_of_limit": share(a)}
-    result |= {"peer_share_of_limit": peer_share(b) if peer else None, "peak_rss_mb": max(m.rss_mb for m in ours)}
-    result |= {"peer_peak_rss_mb": max((m.rss_mb for m in peer), default=None)}
-    return result | {"ours_runs": [m.value for m in ours], "peer_runs": [m.value for m in peer]}
+        ratio = a / b if unit == "tokens/s" else b / a  # all other units are costs
+    return {
+        "task": task,
+        "size": size,
+        "device": device,
+        "unit": unit,
+        "ours": a,
+        "peer": b,
+        "ratio": ratio,
+        "limit": limit,
+        "share_of_limit": share(a) if share else None,
+        "peer_share_of_limit": (peer_share or share)(b) if share and peer else None,
+        "peak_rss_mb": max(m.rss_mb for m in ours),
+        "peer_peak_rss_mb": max((m.rss_mb for m in peer), default=None),
+        "ours_runs": [m.value for m in ours],
+        "peer_runs": [m.value for m in peer],
+    }
 
 
 # -- what the machine can do -------------------------------------------------------------------------------------------

@@ -5,10 +5,10 @@ Every shape below is written in these letters:
     B  batch, sequences side by side        V  vocab_size, different tokens
     T  time, tokens of each sequence        C  n_embd, channels: the width of the residual stream
     H  n_head, heads that ask (queries)     G  n_kv_head, heads that answer (keys, values); G = H unless set
-    D  head_dim, width of a head, C / H     S  tokens looked back on: T, or cached + T when generating
+    D  head_dim, width of a head, C / H     S  tokens attended to: T, or cached + T when generating
     F  n_inner, width inside the MLP, 4 C
 
-The way of a batch through the model:
+The path of a batch through the model:
 
     idx (B, T) -> token + position embedding -> x (B, T, C)
     n_layer times:  x = x + attention(norm(x))     tokens exchange information, each with those before it
@@ -17,7 +17,7 @@ The way of a batch through the model:
     norm -> head -> logits (B, T, V): softmax(logits[b, t]) is the distribution of token t + 1 of sequence b
 
 Blocks only ever *add* to x, the residual stream (He et al. 2015, arXiv:1512.03385), so information and gradients have
-a straight way through; normalising before each branch, not after, keeps deep stacks trainable (GPT-2, Radford et al.
+a direct path through; normalising before each branch, not after, keeps deep stacks trainable (GPT-2, Radford et al.
 2019). Attention is from Vaswani et al. 2017, arXiv:1706.03762. The defaults, and the names of the weights, are GPT-2's.
 """
 
@@ -101,7 +101,10 @@ def sinusoidal_table(block_size: int, n_embd: int) -> Tensor:
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).float()  # (T, C): sin, cos, sin, cos, ...
 
 
-def rotary_table(pos: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+Rope = tuple[Tensor, Tensor]  # cos and sin, (T, D) each
+
+
+def rotary_table(pos: Tensor, head_dim: int, theta: float) -> Rope:
     """cos and sin, (T, D) each, of the angle by which each pair of channels turns at each position `pos` (T)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=pos.device, dtype=torch.float32) / head_dim)  # (D/2)
     angle = torch.outer(pos.float(), frequency).repeat(1, 2)  # (T, D): channel i is paired with i + D/2
@@ -146,7 +149,7 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout, mas
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout, mask: Tensor | None = None) -> Tensor:
     """The same in one fused kernel, where the (T, S) weights need never exist (arXiv:2205.14135)."""
     T, S = q.size(2), k.size(2)
-    # is_causal lets the first query meet the first key: right when T == S only. One query alone may see every key.
+    # is_causal lets the first query meet the first key: right only when T == S. A single query may attend to every key.
     is_causal = mask is None and T == S
     if mask is None and 1 < T < S:
         mask = causal_mask(T, S, q.device)
@@ -206,13 +209,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.attention = ATTENTIONS[config.attention]
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None = None,
-        cache: KVCache | None = None,
-        cache_position: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None, cache: KVCache | None, cache_position: Tensor | None) -> Tensor:
         B, T, _ = x.shape
         # Each token makes a query (what it looks for), a key (what it can be found by), a value (what it then gives).
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2G, T, D)
@@ -310,13 +307,7 @@ class Block(nn.Module):
         self.conv_1 = ShortConv(config) if config.short_conv else None
         self.conv_2 = ShortConv(config) if config.short_conv else None
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None = None,
-        cache: KVCache | None = None,
-        cache_position: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None, cache: KVCache | None, cache_position: Tensor | None) -> Tensor:
         recent = cache.recent if cache is not None else (None, None)
         if self.conv_1 is not None:
             x = self.conv_1(x, recent[0])
@@ -381,8 +372,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class TiedEmbedding(torch.autograd.Function):
-    """weight[idx], and the weight once more for the head: so its backward gets the head's gradient and adds its own to
-    it in place, where autograd would make a second (V, C), mostly zeros, to add the two."""
+    """weight[idx], and the weight again, as the head's. One function for both lets backward add the embedding's
+    gradient to the head's in place; autograd would build a second (V, C), mostly zeros, and add the two."""
 
     @staticmethod
     def forward(ctx, idx: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -535,9 +526,10 @@ class GPT(nn.Module):
         if kv_cache:
             cache = [KVCache(self.config, B, like=self.transformer.wte.weight) for _ in self.transformer.h]
         if step is not None:
-            for tensor in (tensor for layer in cache for tensor in (layer.k, layer.v, *layer.recent)):
-                tensor.zero_()  # places not filled weigh 0, and 0 x nan would be nan
-                torch._dynamo.mark_static_address(tensor, guard=False)  # so that CUDA graphs may write to it
+            for layer in cache:
+                for tensor in (layer.k, layer.v, *layer.recent):
+                    tensor.zero_()  # places not filled weigh 0, and 0 x nan would be nan
+                    torch._dynamo.mark_static_address(tensor, guard=False)  # so that CUDA graphs may write to it
         for _ in range(max_new_tokens):
             length = cache[0].length if cache is not None else 0
             if cache is None:
@@ -547,7 +539,7 @@ class GPT(nn.Module):
                     layer.clear()
                 length = 0
                 new = idx[:, -max(1, block_size // 2) :]
-            if step is None or length == 0 or new.size(1) > 1:
+            if step is None or length == 0:  # a prompt, or a refill
                 logits, _ = self(new, cache=cache)  # (1 or B, 1, V)
             else:
                 logits, _ = step(new, cache=cache, cache_position=torch.tensor([length], device=new.device))

@@ -1,47 +1,34 @@
 """The optimizers and their learning rate."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from parallel import share_out
+from parallel import distribute_like
 
 
-def adamw(model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+def adamw(
+    parameters: Iterable[Tensor], learning_rate: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101), fused, in nanoGPT's two groups: matrices and embeddings decay, gains and biases do not.
 
     The order of groups and parameters is nanoGPT's too, so that its optimizer states load.
     """
-    return adamw_of([p for p in model.parameters() if p.requires_grad], learning_rate, betas, weight_decay)
-
-
-def muon_and_adamw(
-    model: nn.Module,
-    learning_rate: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    muon_lr: float,
-    muon_momentum: float,
-    dtype: torch.dtype,
-) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices; AdamW for the rest: embeddings, head, short convolutions, gains and biases."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in model.transformer.h.parameters() if parameter.dim() == 2]
-    chosen = set(matrices)
-    rest = [parameter for parameter in trained if parameter not in chosen]
-    muon = Muon(matrices, muon_lr, muon_momentum, weight_decay, dtype)
-    return [adamw_of(rest, learning_rate, betas, weight_decay), muon]
-
-
-def adamw_of(
-    parameters: list[Tensor], learning_rate: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
+    trained = [p for p in parameters if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+
+def split_for_muon(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The blocks' matrices, for Muon; for AdamW the rest: embeddings, head, short convolutions, gains and biases."""
+    matrices = [parameter for parameter in model.transformer.h.parameters() if parameter.dim() == 2]
+    chosen = set(matrices)
+    return matrices, [parameter for parameter in model.parameters() if parameter not in chosen]
 
 
 class Muon(torch.optim.Optimizer):
@@ -126,7 +113,7 @@ def load_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
                     value = value[: len(parameter)]
                     if value.shape != parameter.shape:
                         raise ValueError(f"{key} of shape {tuple(value.shape)} for weights of {tuple(parameter.shape)}")
-                    state[index][key] = share_out(value, like=parameter)
+                    state[index][key] = distribute_like(value, like=parameter)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise ValueError(f"the checkpoint's optimizer state is damaged, or not this run's: {error}") from None
     optimizer.load_state_dict({"state": state, "param_groups": groups})

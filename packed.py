@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from hardware import cpu_words
 from model import GPT
-from record import cpu_words
 
 
 class PackedLinear(nn.Module):

@@ -1,4 +1,4 @@
-"""One run in several processes: gradients averaged, the model shared out, decisions taken together; torch.compile.
+"""One run in several processes: gradients averaged, the model sharded, decisions taken together; torch.compile.
 
 DDP (arXiv:2006.15704): each process has the whole model. FSDP (arXiv:2304.11277): each keeps its share of every weight
 and of the optimizer's state, and a block's weights are gathered for as long as it computes.
@@ -15,22 +15,22 @@ from torch.nn.parallel import DistributedDataParallel
 from record import Log
 
 
-def join(backend: str) -> dist.ProcessGroup:
+def init_distributed(backend: str) -> dist.ProcessGroup:
     """Become one of the processes that torchrun has started; returns a group for what need not pass through a GPU."""
     store, rank, world_size = next(dist.rendezvous("env://"))
     # When torchrun starts its processes again it keeps the store where they look each other up: on one node the count
-    # of restarts tells old addresses from new. (Nodes count each their own; README.md says what they need.)
+    # of restarts tells old addresses from new. (Each node keeps its own count; README.md says what several nodes need.)
     one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "any", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return dist.new_group(backend="gloo")
 
 
-def agree(mine: bool, group: dist.ProcessGroup | None) -> bool:
+def any_process(yes: bool, group: dist.ProcessGroup | None) -> bool:
     """Whether any process says yes. `group`: one of gloo's, so that no GPU is waited for; None: one process alone."""
     if group is None:
-        return mine
-    vote = torch.tensor([mine], dtype=torch.uint8)
+        return yes
+    vote = torch.tensor([yes], dtype=torch.uint8)
     dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=group)
     return bool(vote.item())
 
@@ -64,18 +64,18 @@ def average_gradients(model: nn.Module, now: bool) -> None:
         model.set_requires_gradient_sync(now)
 
 
-def whole(value: Any, main: bool = True) -> Any:
-    """A state dict whose shared-out tensors are put together again, in the main process; every process must call it."""
+def gather_full(value: Any, main: bool) -> Any:
+    """A state dict with its sharded tensors put together, in the main process; every process must call it."""
     if isinstance(value, dict):
-        return {key: whole(item, main) for key, item in value.items()}
+        return {key: gather_full(item, main) for key, item in value.items()}
     if is_sharded(value):
         full = value.full_tensor()
         return full.cpu() if main else None
     return value
 
 
-def share_out(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which every process has, as `like` is: this process's share of it, where that is shared out."""
+def distribute_like(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, which every process has, sharded as `like` is; as it is where `like` is not."""
     if not is_sharded(like):
         return value
     from torch.distributed.tensor import distribute_tensor

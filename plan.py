@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from config import EVAL_BATCH, EVAL_TOKENS, ROOT, TrainConfig
-from record import PEAK_TFLOPS, cpu_likes_bfloat16, peak_flops, ram_bytes
+from hardware import GPUS, cpu_likes_bfloat16, peak_flops, ram_bytes
 
 if TYPE_CHECKING:
     from model import GPTConfig
@@ -25,11 +25,6 @@ GPT2 = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36,
 GPT2_TOKENS_PER_STEP = 12 * 1024 * 40  # configs/train_gpt2.py; GPT-3's, for models of 125M to 760M (arXiv:2005.14165)
 LARGE_VOCAB = 4096  # model.py's: from here on the loss is computed a chunk of rows at a time
 ASSUMED_MFU = 0.4  # what compiled training of a GPT reaches of a device's peak is mostly from 0.3 to 0.5
-
-# Memory in GB, from the vendors' data sheets; the smaller, where a device is sold with two
-MEMORY_GB = {"B200": 180, "H200": 141, "H100 PCIe": 80, "H100": 80, "A100": 40, "A10G": 24, "A10": 24, "A40": 48}
-MEMORY_GB |= {"A6000": 48, "L40S": 48, "L40": 48, "L4": 24, "V100": 16, "T4": 16}
-MEMORY_GB |= {"RTX 5090": 32, "RTX 4090": 24, "RTX 4080": 16, "RTX 3090": 24, "RTX 3080": 10}
 
 
 # -- the formulas: c is a GPTConfig, or anything with its fields ------------------------------------------------------
@@ -65,16 +60,16 @@ def flops_per_token(c: "GPTConfig") -> int:
     return 6 * multiplying + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size
 
 
-def averages(c: "GPTConfig", muon: bool) -> int:
-    """Numbers that the optimizer keeps: AdamW two running averages for each weight, Muon one for each of its own."""
+def optimizer_numel(c: "GPTConfig", muon: bool) -> int:
+    """How many numbers the optimizer keeps: AdamW two for each weight, Muon one for each weight of its matrices."""
     fixed = c.block_size * c.n_embd if c.position == "sinusoidal" else 0
     matrices = c.n_layer * sum(map(math.prod, block_matrices(c)))
     return 2 * (sum(parameters(c).values()) - fixed) - (matrices if muon else 0)
 
 
 def checkpoint_bytes(c: "GPTConfig", muon: bool = False) -> int:
-    """Of ckpt.pt: all weights and the optimizer's averages, in float32."""
-    return 4 * (sum(parameters(c).values()) + averages(c, muon))
+    """Size of ckpt.pt: all weights and the optimizer's state, in float32."""
+    return 4 * (sum(parameters(c).values()) + optimizer_numel(c, muon))
 
 
 def fused(c: "GPTConfig", gpu: bool) -> bool:
@@ -145,8 +140,8 @@ def kept_for_backward(c: "GPTConfig", B: int, width: int, gpu: bool, recomputed:
     }
 
 
-def in_muon(c: "GPTConfig", width: int) -> int:
-    """Bytes, at most, of what Muon's step holds besides its averages: the matrices of one shape side by side."""
+def muon_bytes(c: "GPTConfig", width: int) -> int:
+    """At most what Muon's step allocates besides its state: copies of all matrices of one shape, stacked."""
     most = 0
     for rows, columns in block_matrices(c):
         stack, square = c.n_layer * rows * columns, c.n_layer * min(rows, columns) ** 2
@@ -205,8 +200,8 @@ def memory(
     if recomputed:
         block += sum(again[part] for part in ("norms", "attention", "MLP")) // c.n_layer
 
-    # evaluation keeps nothing, drops nothing, and has batches of its own, of m tokens: the loss; or what is inside an
-    # MLP; or q, k, v, their copies, the scores and the attention weights
+    # evaluation keeps nothing for backward and has batches of its own, of m tokens. Its peak is the loss; or the inside
+    # of an MLP; or q, k, v with their copies, scores and attention weights
     rows = max(1, min(EVAL_TOKENS // T, eval_windows))
     m, scores = rows * T, (width + (4 if gpu else width)) * rows * H * T * T if c.attention == "explicit" else 0
     evaluation = max(
@@ -218,10 +213,10 @@ def memory(
         "loss": (before, sum(kept.values()), in_loss(n, training=True)),
         "blocks, backward": (before + head, sum(kept.values()) - kept["loss"], block),
         "end of backward": (buckets + trained, 0, second),
-        **({"Muon": (buckets + trained, 0, in_muon(c, width))} if muon else {}),
+        **({"Muon": (buckets + trained, 0, muon_bytes(c, width))} if muon else {}),
         "evaluation": (buckets, kept["16-bit weights"], evaluation),
     }
-    always = {"weights": weights, "optimizer": 4 * averages(c, muon) // (processes if sharded else 1)}
+    always = {"weights": weights, "optimizer": 4 * optimizer_numel(c, muon) // (processes if sharded else 1)}
     return {
         moment: always | {"gradients": gradients, "activations": activations, "temporary": temporary + gathered}
         for moment, (gradients, activations, temporary) in moments.items()
@@ -232,7 +227,7 @@ def memory(
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """Of a new model: whole tiles for the tensor cores, where that adds little."""
+    """The vocabulary of a new model: rounded up to a multiple of 64, for the tensor cores, where that adds little."""
     return 64 * math.ceil(vocab_size / 64) if vocab_size > 1024 else vocab_size
 
 
@@ -245,8 +240,11 @@ def model_config(cfg: TrainConfig, vocab_size: int) -> "GPTConfig":
             sizes = dict(zip(("n_layer", "n_head", "n_embd"), GPT2.get(cfg.init_from, ()), strict=False))
             sizes = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else sizes | {"vocab_size": 50257}
             vars(c).update({key: sizes[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")})
+            longest = int(sizes.get("n_positions", 1024))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not that of a GPT-2 ({type(error).__name__}: {error})") from None
+        if c.block_size > longest:
+            raise ValueError(f"block_size={c.block_size}: {cfg.init_from} has at most {longest}")
         vars(c).update(position="learned", norm="layernorm", mlp="gelu_tanh", attention="sdpa", bias=True)
         vars(c).update(qk_norm=False, short_conv=0, n_kv_head=None, head_dim=None, n_inner=sizes.get("n_inner"))
         c.tie_embeddings = sizes.get("tie_word_embeddings", True)
@@ -275,11 +273,11 @@ def data_sizes(cfg: TrainConfig) -> tuple[int, int, int] | None:
 def find_device(plan_device: str | None, device: str) -> tuple[str, float | None]:
     """Name of the device to plan for, and its memory in bytes if known: plan_device, or what `device` is here."""
     if plan_device:
-        names = {name.lower().removeprefix("rtx "): name for name in PEAK_TFLOPS}
+        names = {name.lower().removeprefix("rtx "): name for name in GPUS}
         name = names.get(plan_device.lower().replace("-", " ").replace("_", " ").removeprefix("rtx "))
         if name is None:
             raise ValueError(f"plan_device={plan_device!r}: expected {' | '.join(names)}")
-        return name, MEMORY_GB[name] * 1e9
+        return name, GPUS[name][1] * 1e9
     if device != "cpu" and shutil.which("nvidia-smi"):
         import torch
 
@@ -326,7 +324,7 @@ def concerns(cfg: TrainConfig, n_params: int, data: tuple[int, int, int] | None)
 def plan(cfg: TrainConfig, world_size: int = 1, plan_device: str | None = None) -> str:
     """What `world_size` processes with these settings will take, as text. ValueError where they are impossible.
 
-    It is planned for `plan_device`, a name of record.PEAK_TFLOPS in any case, or else for the device of this machine.
+    It is planned for `plan_device`, a name of hardware.GPUS in any case, or else for the device of this machine.
     """
     micro_steps = micro_steps_of_each(world_size, cfg.gradient_accumulation_steps)
     data = data_sizes(cfg)

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -16,41 +15,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent
-
-# Dense peak of the tensor cores in TFLOP/s at bfloat16 (float16 where there is no bfloat16), from the vendors' data
-# sheets. A device's name is matched from the first line down. Unknown devices get no MFU rather than a wrong one.
-PEAK_TFLOPS = {
-    "B200": 2250,
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100": 989,
-    "A100": 312,
-    "A10G": 70,
-    "A10": 125,
-    "A40": 150,
-    "A6000": 155,
-    "L40S": 362,
-    "L40": 181,
-    "L4": 121,
-    "V100": 125,
-    "T4": 65,
-    "RTX 5090": 210,
-    "RTX 4090": 165,
-    "RTX 4080": 97,
-    "RTX 3090": 71,
-    "RTX 3080": 60,
-}
-
-
-def peak_flops(device_name: str, dtype: str) -> float | None:
-    """FLOP/s that a device of this name could reach in a 16-bit dtype; None where that is not known."""
-    for name, tflops in PEAK_TFLOPS.items():
-        # whole words, and not the other chips that are sold under a longer name
-        if dtype != "float32" and re.search(rf"\b{name}\b(?! (Ti|SUPER|Laptop|NVL))", device_name):
-            return tflops * 1e12
-    return None
-
+from config import ROOT, discard_output
+from hardware import cpu_name, ram_bytes
 
 MEASURED = ("train_eval_loss", "val_loss", "val_bpb")  # by an evaluation
 
@@ -58,11 +24,6 @@ MEASURED = ("train_eval_loss", "val_loss", "val_bpb")  # by an evaluation
 def files_of_run(folder: Path) -> list[Path]:
     patterns = ("ckpt.pt", "ckpt-[0-9]*.pt", "best.pt", "metrics.jsonl", "config.json", "bad_batch.json", "loss.png")
     return [path for pattern in patterns for path in folder.glob(pattern)]
-
-
-def discard_output() -> None:
-    """What is printed from here on goes nowhere: the reader of our output, `head` say, has gone."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Log:
@@ -106,7 +67,7 @@ class Log:
         origin: dict[str, str],
         iter_num: int,
         max_iters: int,
-        facts: dict[str, Any] | None = None,
+        facts: dict[str, Any],
     ) -> dict[str, Any]:
         """Begin metrics.jsonl and config.json; of an earlier record, what came before iter_num stays.
 
@@ -121,7 +82,7 @@ class Log:
             self.say(f"{path}: left out {len(damaged)} damaged lines, the first is line {damaged[0]}")
         kept = [record for record in earlier if record["iter"] < iter_num]
         write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
-        contents = {"config": settings, "origin": origin} | (facts or {})
+        contents = {"config": settings, "origin": origin} | facts
         with suppress(ValueError):  # damaged as well
             before = read_config(out_dir / "config.json") if iter_num else {}
             if "environment" in before:
@@ -186,7 +147,7 @@ class Log:
             self.say(f"-- iter {iter_num}, sample {number} --\n{text}")
 
     def bad_batch(self, out_dir: Path, culprits: dict[str, Any], count: int) -> None:
-        """A step was skipped because its loss or gradient was no number: say so, and on which sequences it was."""
+        """A step was skipped because its loss or gradient was not finite: say so, and record its sequences."""
         if self.main:
             write_whole(out_dir / "bad_batch.json", json.dumps(culprits, indent=2) + "\n")
         self.say(
@@ -268,38 +229,6 @@ def git(*arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def cpuinfo(path: Path = Path("/proc/cpuinfo")) -> str:
-    """What Linux says of the CPUs; elsewhere nothing."""
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def cpu_name() -> str:
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo(), re.MULTILINE)  # platform.processor() knows nothing there
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def cpu_words() -> set[str]:
-    """The CPU's vendor ("AuthenticAMD") and instructions ("avx2"), among other words; none where Linux does not say."""
-    return set(cpuinfo().split())
-
-
-def cpu_likes_bfloat16() -> bool:
-    """Whether this CPU multiplies 16-bit matrices faster than float32 ones, and so trains faster with them.
-
-    With AMX, or on AMD's with AVX512-BF16 (Zen 4: by report 1.4 to 1.8 times the speed). Not on Intel's that have only
-    the latter, where such products took twice as long (dev/LOG.md); where there is no telling, no.
-    """
-    words = cpu_words()
-    return "amx_bf16" in words or {"AuthenticAMD", "avx512_bf16"} <= words
-
-
-def ram_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError):  # Windows has no sysconf, others have fewer names
-        return None
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -155,18 +155,13 @@ def print_table(table: Table) -> None:
 # -- the picture -------------------------------------------------------------------------------------------------------
 
 
-def plot_loss(out_dirs: list[Path], path: Path) -> None:
-    """Draw the losses of one run, or of several in one picture, as a PNG. ValueError as read_run raises it, OSError."""
-    write_whole(path, draw([read_run(out_dir) for out_dir in out_dirs]))
-
-
 def refresh_picture(out_dir: Path, say: Callable[[str], None]) -> bool:
     """Draw loss.png of a run that is going on. What hinders that is said: it is no reason to stop the run.
 
     Returns whether there is a point in trying again.
     """
     try:
-        plot_loss([out_dir], out_dir / "loss.png")
+        write_whole(out_dir / "loss.png", draw([read_run(out_dir)]))
     except ImportError as error:
         say(f"no loss.png: {error}; pip install matplotlib")
         return False

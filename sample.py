@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from config import SampleConfig, one_line_errors, parse_command_line, resolve_device, resolve_dtype
+from config import SampleConfig, one_line_errors, parse_command_line
 
 # Before torch is imported, so that --help and a misspelt setting are answered at once.
 SETTINGS = parse_command_line(SampleConfig, __doc__) if __name__ == "__main__" else None
@@ -22,6 +22,7 @@ import torch
 
 import checkpoint
 from data import find_dataset, read_meta
+from hardware import resolve_device, resolve_dtype
 from model import GPT
 from packed import pack
 from tokenizer import Tokenizer, encode_prompt, from_description
@@ -45,9 +46,9 @@ class Text:
         before = len(self.text)
         self.text += piece
         # a stop string may begin in earlier text, so look back by all but its last character
-        found = [self.text.find(stop, max(0, before - len(stop) + 1)) for stop in self.stop]
-        if any(at >= 0 for at in found):
-            self.text, self.done = self.text[: min(at for at in found if at >= 0)], True
+        found = [at for stop in self.stop if (at := self.text.find(stop, max(0, before - len(stop) + 1))) >= 0]
+        if found:
+            self.text, self.done = self.text[: min(found)], True
 
     def ready(self) -> str:
         """What can be shown now and was not yet: all but an end that may turn out to begin a stop string."""
@@ -94,7 +95,7 @@ def load(cfg: SampleConfig) -> tuple[GPT, Tokenizer]:
         raise ValueError(f"{path}: {error}") from None
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
-            f"{path}: its {model.config.vocab_size} tokens are not those of the tokenizer ({tokenizer.vocab_size})"
+            f"{path}: its tokenizer has {tokenizer.vocab_size} ids, its model only {model.config.vocab_size}"
         )
     val_loss = saved.get("val_loss", saved["best_val_loss"])
     print(f"{path}: iteration {saved['iter_num']}, val loss {val_loss:.4f}", file=sys.stderr)
@@ -135,7 +136,7 @@ def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
     # streamed samples come one after the other; each draws from its own seed, so they are the same as side by side
     one_by_one = cfg.stream or cfg.interactive
     step = None
-    if cfg.compile is True and cfg.kv_cache:  # on GPUs a step is then one CUDA graph; "auto": on CPUs it gains nothing
+    if cfg.compile is True:  # on GPUs a step is then one CUDA graph; "auto": on CPUs it gains nothing
         print("compiling the model takes half a minute", file=sys.stderr)
         mode = "reduce-overhead" if device.type == "cuda" else None
         step = torch.compile(model.forward, fullgraph=True, dynamic=False, mode=mode)
@@ -182,7 +183,7 @@ def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
 
     started, made = time.perf_counter(), 0
     if cfg.interactive:
-        print("a prompt a line, end with Ctrl-D", file=sys.stderr)
+        print("one prompt per line, Ctrl-D to end", file=sys.stderr)
     prompts = iter_prompts() if cfg.interactive else [read_prompt(cfg.start)]
     for prompt in prompts:
         batches = [[i] for i in range(cfg.num_samples)] if one_by_one else [range(cfg.num_samples)]

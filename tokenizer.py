@@ -16,7 +16,20 @@ import numpy as np
 END_OF_TEXT = "<|endoftext|>"
 
 
-class CharTokenizer:
+class Tokenizer:
+    """What all have in common; each has its own encode_array, describe, vocab_size, end_of_text and token_bytes."""
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_array(text).tolist()
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join([self.token_bytes[index] for index in checked(ids, self.vocab_size)])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+class CharTokenizer(Tokenizer):
     """One id for each character of `chars`, in that order; then, if asked for, one that ends a text."""
 
     def __init__(self, chars: str, end_of_text: bool = False):
@@ -39,20 +52,11 @@ class CharTokenizer:
             raise ValueError(f"{len(missing)} of the text's characters are not in the vocabulary: {shown}")
         return ids
 
-    def encode(self, text: str) -> list[int]:
-        return self.encode_array(text).tolist()
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return b"".join([self.token_bytes[index] for index in checked(ids, self.vocab_size)])
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
     def describe(self) -> dict[str, Any]:
         return {"kind": "char", "chars": self.chars, "end_of_text": self.end_of_text is not None}
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """The 256 bytes of UTF-8 are ids 0 to 255, and 256 ends a text: nothing to learn, nothing it cannot encode."""
 
     def __init__(self):
@@ -63,20 +67,11 @@ class ByteTokenizer:
     def encode_array(self, text: str) -> np.ndarray:
         return np.frombuffer(utf8(text), dtype=np.uint8)
 
-    def encode(self, text: str) -> list[int]:
-        return list(utf8(text))
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return b"".join([self.token_bytes[index] for index in checked(ids, self.vocab_size)])
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
     def describe(self) -> dict[str, Any]:
         return {"kind": "byte"}
 
 
-class GPT2Tokenizer:
+class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-pair encoding, by tiktoken, which downloads 1.5 MB the first time. ValueError where it cannot."""
 
     def __init__(self):
@@ -104,24 +99,15 @@ class GPT2Tokenizer:
             self.of_thread.bpe = tiktoken.Encoding(
                 bpe.name, pat_str=bpe._pat_str, mergeable_ranks=bpe._mergeable_ranks, special_tokens=bpe._special_tokens
             )
+        utf8(text)  # ValueError for half a surrogate pair
         # not encode_ordinary: its Python list of ids costs a third of the time, and holds the GIL while it is made
-        utf8(text)
         return self.of_thread.bpe.encode_to_numpy(text, disallowed_special=())
-
-    def encode(self, text: str) -> list[int]:
-        return self.encode_array(text).tolist()
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self.bpe.decode_bytes(checked(ids, self.vocab_size))
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
     def describe(self) -> dict[str, Any]:
         return {"kind": "gpt2"}
-
-
-Tokenizer = CharTokenizer | ByteTokenizer | GPT2Tokenizer
 
 
 def utf8(text: str) -> bytes:
@@ -130,7 +116,7 @@ def utf8(text: str) -> bytes:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         bad = f"U+{ord(text[error.start]):04X}"
-        raise ValueError(f"character {error.start} of the text is {bad}, which is no character in Unicode") from None
+        raise ValueError(f"character {error.start} of the text is {bad}, half a surrogate pair") from None
 
 
 def checked(ids: Iterable[int], vocab_size: int) -> list[int]:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from config import EVAL_BATCH, TrainConfig, one_line_errors, parse_command_line, resolve_device, resolve_dtype, restore
+from config import EVAL_BATCH, TrainConfig, one_line_errors, parse_command_line, restore
 from plan import learning_rate_concerns, micro_steps_of_each, padded_vocab_size, plan
 
 # torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; some clusters set the last for every command
@@ -38,9 +38,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 import checkpoint
 import optim
 from data import Split, find_dataset, read_meta
+from hardware import peak_flops, resolve_device, resolve_dtype
 from model import GPT, GPTConfig
-from parallel import agree, average_gradients, is_sharded, join, shard, try_compile, whole
-from record import Log, describe_environment, peak_flops, utc_now
+from parallel import any_process, average_gradients, gather_full, init_distributed, is_sharded, shard, try_compile
+from record import Log, describe_environment, utc_now
 from report import refresh_picture
 from tokenizer import Tokenizer, from_description
 
@@ -53,27 +54,31 @@ NOT_RESTORED |= {"strategy", "allow_other_data"}
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, split: Split, windows: np.ndarray, device: torch.device, autocast: torch.autocast
+    model: nn.Module,
+    split: Split,
+    windows: np.ndarray,
+    device: torch.device,
+    autocast: torch.autocast,
+    rank: int,
+    world_size: int,
 ) -> float:
     """Mean loss, in nats a token, on fixed windows. Every process takes its share and all get the same answer.
 
     It is bit for bit the same whatever the batch size and the number of processes: each batch of windows is summed by
     one process, in one shape, and the sums are added up in one order.
     """
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
     model.eval()
     losses = []
     for number, x, y in split.eval_batches(windows, rank, world_size):
         with autocast:
             loss = model(x.to(device), y.to(device))[1]  # a name for the logits, (B, T, V), would keep them alive
-        if number < -(-len(windows) // len(x)):  # else it only keeps step with the others
-            losses.append((number, loss, int((y >= 0).sum())))
+        if tokens := int((y >= 0).sum()):  # else the batch only keeps this process in step with the others
+            losses.append((number, loss, tokens))
     model.train()
     sums = torch.zeros(len(windows), 2, dtype=torch.float64)  # by batch: loss in nats, tokens
     for number, loss, tokens in losses:
         sums[number] = torch.tensor([loss.item() * tokens, tokens])
-    if dist.is_initialized():
+    if world_size > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)  # each row is zero but in one process, so adding loses nothing
     total, tokens = sums.cpu().sum(dim=0).tolist()
@@ -114,7 +119,6 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
     """Train as the settings say; returns the exit code."""
     # -- processes and device: without torchrun there is one process
     rank, local_rank = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK"))
-    distributed, world_size = DISTRIBUTED, WORLD_SIZE
     began = time.monotonic()
     log = Log(main=rank == 0)
     if cfg.wandb_log and not cfg.eval_only:
@@ -125,7 +129,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, where float32 is left
     backend = ("nccl" if device.type == "cuda" else "gloo") if cfg.backend == "auto" else cfg.backend
-    host_group = join(backend) if distributed else None
+    host_group = init_distributed(backend) if DISTRIBUTED else None
 
     # -- what to continue, if anything: the first process reads it, so the others need not see the file
     saved = None
@@ -133,28 +137,28 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         received = [None]
         if rank == 0 and (cfg.init_from == "resume" or checkpoint.find(out_dir)):
             received = [checkpoint.load_newest(out_dir, log.say)]
-        if distributed:
+        if DISTRIBUTED:
             dist.broadcast_object_list(received, group=host_group)
         saved = received.pop()
     resumed = saved is not None
     if saved:
-        # nanoGPT writes down a dtype also where it used none, on CPUs
+        # nanoGPT records a dtype even on CPUs, where it uses none
         not_restored = NOT_RESTORED if "tokenizer" in saved else NOT_RESTORED | {"dtype"}
         cfg, origin = restore(cfg, origin, saved["config"], but=not_restored)
         if not cfg.eval_only and cfg.optimizer != (before := saved["config"].get("optimizer", "adamw")):
             raise ValueError(f"optimizer={cfg.optimizer!r}: cannot go on from the state of {before} in the checkpoint")
         of_model = {field.name: field.default for field in fields(GPTConfig)} | saved["model_args"]
-        for key in of_model.keys() - {"dropout", "attention", "block_size"}:
-            value, given = of_model[key], origin.get(key, "default") not in ("default", "checkpoint")
-            if given and getattr(cfg, key) != value:
+        for key, value in of_model.items():
+            given = origin.get(key, "default") not in ("default", "checkpoint")
+            if given and key not in ("dropout", "attention", "block_size") and getattr(cfg, key) != value:
                 log.say(f"{key}={value} as in the checkpoint, not {getattr(cfg, key)}")
         if saved["iter_num"] >= cfg.max_iters and not cfg.eval_only:
             log.say(f"nothing to do: {out_dir} is at iteration {saved['iter_num']} of max_iters={cfg.max_iters}")
             return 0
     dtype = resolve_dtype(cfg.dtype, device)
     if cfg.strategy == "fsdp" and dtype == torch.float16:
-        raise ValueError("strategy=fsdp: trains in bfloat16 or float32, its gradients are not scaled for float16")
-    micro_steps = micro_steps_of_each(world_size, cfg.gradient_accumulation_steps)
+        raise ValueError("strategy=fsdp: trains in bfloat16 or float32; float16 would need its gradients scaled")
+    micro_steps = micro_steps_of_each(WORLD_SIZE, cfg.gradient_accumulation_steps)
     lr_decay_iters = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
     for concern in [] if cfg.eval_only else learning_rate_concerns(cfg):
         log.say(f"note: {concern}")
@@ -168,7 +172,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         for what, now in (("tokenizer", meta["tokenizer"]), ("data", fingerprint)):
             if saved.get(what, now) != now:
                 trained = f"its {what} is not what the checkpoint in {out_dir} was trained with"
-                raise ValueError(f"{folder}: {trained}; --allow_other_data goes on all the same")
+                raise ValueError(f"{folder}: {trained}; --allow_other_data resumes anyway")
     if not saved and cfg.init_from not in ("scratch", "auto") and meta["tokenizer"]["kind"] != "gpt2":
         kind = meta["tokenizer"]["kind"]
         raise ValueError(f"init_from={cfg.init_from!r} reads GPT-2's tokens; {folder} has those of a {kind} tokenizer")
@@ -192,9 +196,8 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
     if cfg.block_size > model.config.block_size:
         raise ValueError(f"block_size={cfg.block_size}: {source} has at most {model.config.block_size}")
     if meta["vocab_size"] > model.config.vocab_size:
-        raise ValueError(
-            f"{folder} has {meta['vocab_size']} tokens, the model of {source} only {model.config.vocab_size}"
-        )
+        most = model.config.vocab_size
+        raise ValueError(f"{folder}: its vocabulary has {meta['vocab_size']} ids, the model of {source} at most {most}")
     model.crop_block_size(cfg.block_size)
     for key, value in asdict(model.config).items():  # what is recorded is the model that is trained
         if hasattr(cfg, key):
@@ -208,7 +211,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
     if cfg.activation_checkpointing:  # of each block keep only its input, and compute the rest again (arXiv:1604.06174)
         for block in model.transformer.h:
             block.forward = partial(recompute, block.forward, use_reentrant=False)
-    if cfg.strategy == "fsdp" and distributed:
+    if cfg.strategy == "fsdp" and DISTRIBUTED:
         shard(model, device)
     tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     log.say(
@@ -217,14 +220,12 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
     )
 
     # -- optimizers; fp16's small gradients are scaled up so as not to vanish, for the others the scaler does nothing
-    betas = (cfg.beta1, cfg.beta2)
-    if cfg.optimizer == "adamw":
-        optimizers = {"optimizer": optim.adamw(model, cfg.learning_rate, betas, cfg.weight_decay)}
-    else:
+    matrices, rest = optim.split_for_muon(model) if cfg.optimizer == "muon" else ([], model.parameters())
+    # by their names in a checkpoint
+    optimizers = {"optimizer": optim.adamw(rest, cfg.learning_rate, (cfg.beta1, cfg.beta2), cfg.weight_decay)}
+    if matrices:
         product_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
-        muon = (cfg.muon_lr, cfg.muon_momentum, product_dtype)
-        adamw_and_muon = optim.muon_and_adamw(model, cfg.learning_rate, betas, cfg.weight_decay, *muon)
-        optimizers = dict(zip(("optimizer", "muon"), adamw_and_muon, strict=True))  # by their names in a checkpoint
+        optimizers["muon"] = optim.Muon(matrices, cfg.muon_lr, cfg.muon_momentum, cfg.weight_decay, product_dtype)
     peak_lrs = [group["lr"] for optimizer in optimizers.values() for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -245,7 +246,8 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         saved = None  # a second copy of the weights and moments
 
     def evaluate_all(model: nn.Module) -> dict[str, float]:
-        losses = {name: evaluate(model, splits[name], eval_windows[name], device, autocast) for name in splits}
+        place = (device, autocast, rank, WORLD_SIZE)
+        losses = {name: evaluate(model, splits[name], eval_windows[name], *place) for name in splits}
         log.say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         measured = {"train_eval_loss": losses["train"], "val_loss": losses["val"]}
         if splits["val"].bytes:
@@ -256,13 +258,13 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         evaluate_all(model)
         return 0
 
-    def place(iter_num: int, micro_step: int, rank: int) -> int:
-        """Where in the run's one order of sequences a process's batch_size of them begin."""
-        return (iter_num * cfg.gradient_accumulation_steps + micro_step * world_size + rank) * cfg.batch_size
+    def first_sequence(iter_num: int, micro_step: int, rank: int) -> int:
+        """Index, in the run's one order of sequences, of the first of a process's micro-batch."""
+        return (iter_num * cfg.gradient_accumulation_steps + micro_step * WORLD_SIZE + rank) * cfg.batch_size
 
     def batch(iter_num: int, micro_step: int) -> tuple[Tensor, Tensor]:
         """x and y, (B, T) each, of this process."""
-        x, y = splits["train"].batch(cfg.seed, place(iter_num, micro_step, rank), cfg.batch_size)
+        x, y = splits["train"].batch(cfg.seed, first_sequence(iter_num, micro_step, rank), cfg.batch_size)
         if device.type == "cuda":  # pinned memory is copied while the GPU computes
             return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
         return x.to(device), y.to(device)
@@ -291,7 +293,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
     measured = log.open(out_dir, asdict(cfg), origin, iter_num, cfg.max_iters, facts)
     drawing, drawn = rank == 0, time.monotonic()
     peak = peak_flops(device_name, str(dtype).removeprefix("torch."))
-    flops_per_iter = bare.flops_per_token() * tokens_per_iter / world_size  # of one device
+    flops_per_iter = bare.flops_per_token() * tokens_per_iter / WORLD_SIZE  # of one device
 
     def record(metrics: dict[str, float], clock: float) -> None:
         """iter_num's line in metrics.jsonl: `clock` and tokens are those that its weights have seen."""
@@ -301,7 +303,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
     def save(best: bool) -> None:
         """All that this run needs to go on from iter_num. A disk that is full now may not be later."""
         parts = {"model": bare, **optimizers}
-        state = whole({name: part.state_dict() for name, part in parts.items()}, main=rank == 0)
+        state = gather_full({name: part.state_dict() for name, part in parts.items()}, main=rank == 0)
         if rank != 0:
             return
         state |= {
@@ -338,7 +340,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         saving = bool(cfg.save_interval) and iter_num % cfg.save_interval == 0 and iter_num > resumed_iter
         sampling = bool(cfg.sample_interval) and (iter_num % cfg.sample_interval == 0 or last)
         too_long = cfg.max_minutes is not None and time.monotonic() - began > 60 * cfg.max_minutes
-        stopping = not last and agree(bool(signals) or too_long or log.unread, host_group)
+        stopping = not last and any_process(bool(signals) or too_long or log.unread, host_group)
 
         # once in a while: evaluate, save, write samples
         if evaluating or saving or sampling or stopping:
@@ -363,7 +365,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         if saving or stopping:
             save(best=improved)
         if sampling and not stopping:
-            weights = whole(bare.state_dict(), main=rank == 0)
+            weights = gather_full(bare.state_dict(), main=rank == 0)
             if rank == 0:
                 model_now = GPT.from_weights(bare.config, weights).to(device).eval()
                 measured["samples"] = write_samples(model_now, tokenizer, prompt, cfg.seed)
@@ -396,10 +398,10 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         grad_norm = nn.utils.clip_grad_norm_(bare.parameters(), cfg.grad_clip or math.inf)
         grad_norm = grad_norm.full_tensor() if is_sharded(grad_norm) else grad_norm
         own_loss = loss_sum.clone()  # of this process alone
-        if distributed:
+        if DISTRIBUTED:
             dist.all_reduce(loss_sum)
-        # A gradient that is no number must not reach the weights: with found_inf the optimizer leaves them alone, and
-        # nobody waits for the GPU to find out. (In fp16 overflows are the scaler's business, and only the loss tells.)
+        # A gradient that is not finite must not reach the weights: with found_inf the optimizer skips the step on the
+        # device, so nobody waits for it. (In fp16 the scaler handles overflows, and only the loss tells.)
         is_bad = ~(loss_sum if scaler.is_enabled() else grad_norm).isfinite()
         bad = torch.stack(((bad[0] + 1) * is_bad, bad[1] + is_bad, torch.where(is_bad, iter_num, bad[2])))
         bad_loss = torch.where(is_bad, own_loss, bad_loss)
@@ -412,7 +414,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
 
         # once in a while: log
         if iter_num % cfg.log_interval == 0:
-            train_loss = loss_sum.item() / world_size  # waits for the device, so the clock is read after it
+            train_loss = loss_sum.item() / WORLD_SIZE  # waits for the device, so the clock is read after it
             now = time.perf_counter()
             elapsed, started = elapsed + now - started, now
             seconds = (elapsed - logged_elapsed) / (iter_num + 1 - logged_iter)  # an iteration, since the last log
@@ -425,10 +427,10 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
             if in_all > reported:
                 reported = step["bad_steps"] = in_all
                 culprits = {"rank": rank, "loss": str(bad_loss.item())}
-                culprits["sequences"] = [place(bad_iter, micro_step, rank) for micro_step in range(micro_steps)]
+                culprits["sequences"] = [first_sequence(bad_iter, step, rank) for step in range(micro_steps)]
                 ranks = [culprits]
-                if distributed:
-                    dist.all_gather_object(ranks := [None] * world_size, culprits, group=host_group)
+                if DISTRIBUTED:
+                    dist.all_gather_object(ranks := [None] * WORLD_SIZE, culprits, group=host_group)
                 log.bad_batch(out_dir, {"iter": bad_iter, "batch_size": cfg.batch_size, "ranks": ranks}, in_all)
                 if in_a_row >= cfg.max_bad_steps:
                     raise ValueError(
@@ -452,7 +454,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         iter_num += 1
 
     if stopping:
-        reason = ", ".join(signals) or f"max_minutes={cfg.max_minutes}"
+        reason = ", ".join(signals) or (f"max_minutes={cfg.max_minutes}" if too_long else "another process was told to")
         log.say(f"stopped at iteration {iter_num} ({reason}), all is saved; --init_from=resume goes on from there")
     else:
         record(measured, elapsed)

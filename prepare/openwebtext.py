@@ -13,7 +13,7 @@ from tokenizer import GPT2Tokenizer
 
 @dataclass(kw_only=True)
 class Web:
-    limit: Annotated[int | None, "take only the first so many documents; None: all"] = None
+    limit: Annotated[int | None, "take only the first N documents; None: all"] = None
     input: Annotated[tuple[str, ...], "take .parquet or .jsonl files, or a folder of them, instead of the hub's"] = ()
     val_fraction: Annotated[float, "share of the documents that is kept for validation"] = 0.0005
     data_dir: Annotated[str, "folder of data sets"] = "data"

@@ -141,7 +141,7 @@ def main(cfg: Text, origin: dict[str, str]) -> None:
         raise ValueError("which text? --input=FILE, --input=FOLDER, or --input=- for standard input")
     name = cfg.name or Path(cfg.input[0]).resolve().name.split(".")[0]
     if cfg.name is None and (len(cfg.input) > 1 or cfg.input == ("-",)):
-        raise ValueError("which name shall the data set have? --name=NAME")
+        raise ValueError("the data set needs a name: --name=NAME")
     if Path(name).name != name or name.startswith("."):
         raise ValueError(f"name={name!r}: must be the name of a folder to be made in data_dir")
     with tempfile.TemporaryDirectory() as temporary:

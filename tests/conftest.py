@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "prepare")]
 def float32_on_every_cpu():
     """dtype=auto is bfloat16 on some CPUs: not exact enough to compare by."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("record.cpu_words", set)
+        patch.setattr("hardware.cpu_words", set)
         yield
 
 

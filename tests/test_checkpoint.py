@@ -61,7 +61,7 @@ def test_nanogpts_optimizer_goes_on_as_if_it_were_still_nanogpts(tmp_path):
     torch.save(saved, tmp_path / "ckpt.pt")
     loaded = checkpoint.load(tmp_path / "ckpt.pt")
     ours = checkpoint.build_model(loaded, tmp_path / "ckpt.pt")
-    optimizer = adamw(ours, learning_rate=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    optimizer = adamw(ours.parameters(), learning_rate=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
     load_state(optimizer, loaded["optimizer"])
     idx = torch.randint(61, (2, 16))
     for model, stepped in ((theirs, their_optimizer), (ours, optimizer)):
@@ -74,13 +74,15 @@ def test_nanogpts_optimizer_goes_on_as_if_it_were_still_nanogpts(tmp_path):
 def test_the_settings_asked_for_win_over_the_saved_ones(tmp_path):
     saved, *_ = nanogpt_checkpoint()
     model = GPT(GPTConfig(**SIZES))
-    optimizer = adamw(model, learning_rate=5e-4, betas=(0.8, 0.9), weight_decay=0.3)
+    optimizer = adamw(model.parameters(), learning_rate=5e-4, betas=(0.8, 0.9), weight_decay=0.3)
     load_state(optimizer, saved["optimizer"])
     assert [group["betas"] for group in optimizer.param_groups] == [(0.8, 0.9)] * 2
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
     assert all(optimizer.state[parameter]["step"] == 3 for parameter in model.parameters())
     with pytest.raises(ValueError, match="damaged, or not this run's"):
-        load_state(adamw(GPT(GPTConfig(**SIZES | {"n_layer": 3})), 1e-3, (0.9, 0.9), 0.1), saved["optimizer"])
+        load_state(
+            adamw(GPT(GPTConfig(**SIZES | {"n_layer": 3})).parameters(), 1e-3, (0.9, 0.9), 0.1), saved["optimizer"]
+        )
 
 
 @pytest.mark.parametrize(
@@ -99,14 +101,14 @@ def test_damaged_optimizer_states_are_refused(damage):
     saved = nanogpt_checkpoint()[0]["optimizer"]
     damage(saved)
     with pytest.raises(ValueError, match="damaged, or not this run's"):
-        load_state(adamw(GPT(GPTConfig(**SIZES)), 1e-3, (0.9, 0.9), 0.1), saved)
+        load_state(adamw(GPT(GPTConfig(**SIZES)).parameters(), 1e-3, (0.9, 0.9), 0.1), saved)
 
 
 def test_a_shorter_context_cuts_the_moments_too():
     saved, *_ = nanogpt_checkpoint()
     model = GPT(GPTConfig(**SIZES))
     model.crop_block_size(8)
-    optimizer = adamw(model, 1e-3, (0.9, 0.99), 0.1)
+    optimizer = adamw(model.parameters(), 1e-3, (0.9, 0.99), 0.1)
     load_state(optimizer, saved["optimizer"])
     assert optimizer.state[model.transformer.wpe.weight]["exp_avg"].shape == (8, 16)
     idx = torch.randint(61, (2, 8))

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import config
+import hardware
 from config import SampleConfig, TrainConfig, parse
+from hardware import cpu_likes_bfloat16, cpuinfo
 from model import GPTConfig
 from plan import plan
-from record import cpu_likes_bfloat16, cpuinfo
 from tests.conftest import ROOT
 
 
@@ -202,14 +203,14 @@ def test_settings_of_a_resumed_run():
 def test_devices_that_are_not_here():
     import torch
 
-    cpu = config.resolve_device("cpu")
+    cpu = hardware.resolve_device("cpu")
     assert cpu == torch.device("cpu")
-    assert config.resolve_dtype("bfloat16", cpu) == torch.bfloat16
+    assert hardware.resolve_dtype("bfloat16", cpu) == torch.bfloat16
     with pytest.raises(ValueError, match="device='tpu': expected auto"):
-        config.resolve_device("tpu")
+        hardware.resolve_device("tpu")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device='cuda:3': not available on this machine"):
-            config.resolve_device("cuda:3")
+            hardware.resolve_device("cuda:3")
 
 
 @pytest.mark.parametrize(
@@ -225,10 +226,10 @@ def test_bfloat16_is_for_cpus_that_are_faster_with_it(tmp_path, monkeypatch, ven
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags} fsrm\n")
     words = set(cpuinfo(tmp_path / "cpuinfo").split())
     assert {vendor, *flags.split()} <= words and cpuinfo(tmp_path / "no such file") == ""
-    monkeypatch.setattr("record.cpu_words", lambda: words)
+    monkeypatch.setattr("hardware.cpu_words", lambda: words)
     assert cpu_likes_bfloat16() is likes
     chosen = "bfloat16" if likes else "float32"
-    assert str(config.resolve_dtype("auto", config.resolve_device("cpu"))) == f"torch.{chosen}"
+    assert str(hardware.resolve_dtype("auto", hardware.resolve_device("cpu"))) == f"torch.{chosen}"
     assert f"cpu in {chosen};" in plan(TrainConfig(device="cpu", data_dir=str(tmp_path)))
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from model import GPT, GPTConfig
-from optim import POLAR_EXPRESS, SAFETY, Muon, adamw, learning_rate_at, muon_and_adamw, orthogonalize
+from optim import POLAR_EXPRESS, SAFETY, Muon, adamw, learning_rate_at, orthogonalize, split_for_muon
 
 
 def test_cosine_is_pytorchs():
@@ -44,7 +44,7 @@ def test_warm_up_rises_to_the_peak_and_the_end_is_min_lr(warmup_iters, lr_decay_
 
 def test_groups_hold_each_parameter_once_and_only_matrices_decay():
     model = GPT(GPTConfig(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=16, position="sinusoidal"))
-    decayed, others = adamw(model, 1e-3, (0.9, 0.95), 0.1).param_groups
+    decayed, others = adamw(model.parameters(), 1e-3, (0.9, 0.95), 0.1).param_groups
     ours = [id(parameter) for group in (decayed, others) for parameter in group["params"]]
     assert sorted(ours) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in others["params"]} == {1}
@@ -96,9 +96,10 @@ def test_orthogonalized_matrices_keep_their_directions_and_have_singular_values_
     assert ((s > 0.4) & (s < 1.6))[far].all()
 
 
-def test_muon_and_adamw_share_out_all_parameters_each_once():
+def test_muon_and_adamw_get_all_parameters_each_once():
     model = GPT(GPTConfig(vocab_size=61, block_size=16, n_layer=2, n_head=2, n_embd=16, qk_norm=True))
-    optimizers = muon_and_adamw(model, 1e-3, (0.9, 0.95), 0.1, 0.02, 0.95, torch.float32)
+    matrices, rest = split_for_muon(model)
+    optimizers = [adamw(rest, 1e-3, (0.9, 0.95), 0.1), Muon(matrices, 0.02, 0.95, 0.1, torch.float32)]
     ours = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(ours) == sorted(id(p) for p in model.parameters())
     names = {id(p): name for name, p in model.named_parameters()}

@@ -15,9 +15,9 @@ import torch
 import data
 import plan as room
 from config import TrainConfig, parse
+from hardware import GPUS
 from model import GPT, LARGE_VOCAB, GPTConfig
 from plan import parameters, plan
-from record import PEAK_TFLOPS
 from tests.conftest import ROOT, TINY
 
 GPT2 = {"vocab_size": 50257, "block_size": 1024, "bias": True}
@@ -302,6 +302,11 @@ def lines(text: str) -> dict[str, str]:
     return {line[:18].strip(): line[18:] for line in text.splitlines()}
 
 
+def test_a_context_that_gpt2_does_not_have_is_refused_as_in_training():
+    with pytest.raises(ValueError, match="block_size=2048: gpt2-xl has at most 1024"):
+        plan(settings("--init_from=gpt2-xl", "--block_size=2048", "--dataset=nothing"), 1, "h100")
+
+
 def test_without_data_gpt2s_vocabulary_is_assumed_and_it_says_so():
     said = lines(plan(settings("--dataset=nothing", "--bias=True"), 1, "h100"))
     assert said["parameters"].startswith("124,475,904: embeddings 39,419,904, ")  # 47 rows of padding
@@ -333,9 +338,8 @@ def test_time_is_flops_over_the_share_of_the_peak_that_is_assumed():
 
 
 def test_devices_are_named_in_any_case_and_each_has_its_memory():
-    assert room.MEMORY_GB.keys() == PEAK_TFLOPS.keys()
-    for name in PEAK_TFLOPS:
-        assert room.find_device(name, "cpu") == (name, room.MEMORY_GB[name] * 1e9)
+    for name, (_, gigabytes) in GPUS.items():
+        assert room.find_device(name, "cpu") == (name, gigabytes * 1e9)
     for spoken, name in {"h100": "H100", "4090": "RTX 4090", "rtx-3080": "RTX 3080", "H100-pcie": "H100 PCIe"}.items():
         assert room.find_device(spoken, "auto")[0] == name
     with pytest.raises(ValueError, match=r"plan_device='h10': expected b200 \| h200 \| .* \| 3080"):

@@ -492,3 +492,11 @@ def test_progress_is_plain_lines_in_a_pipe(monkeypatch, capsys):
     parts = {"train": (np.zeros(1000, np.uint16), 3000)}
     assert list(writer.with_progress(iter([parts] * 4), None)) == [parts] * 4
     assert stderr.getvalue() == "2,000 tokens so far\n4,000 tokens so far\n"
+
+
+def test_a_package_with_the_name_of_one_of_our_rooms_does_no_harm(kqv, tmp_path):
+    (tmp_path / "installed").mkdir()
+    for name in ("config", "tokenizer", "data", "record"):
+        (tmp_path / "installed" / f"{name}.py").write_text("raise SystemExit('not ours')\n")
+    result = kqv("prepare/text.py", "--help", env={"PYTHONPATH": str(tmp_path / "installed")})
+    assert result.returncode == 0 and "--tokenizer" in result.stdout, result.stderr

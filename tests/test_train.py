@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 import checkpoint
 from data import Split, read_meta
+from hardware import peak_flops
 from model import GPT, GPTConfig
-from record import peak_flops
 from tests.conftest import ROOT, TINY
 from tests.test_checkpoint import nanogpt_checkpoint
 from tokenizer import from_description
