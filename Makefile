@@ -28,12 +28,13 @@ slow: .venv/test
 	$(PYTEST) -m slow
 
 # on a machine with a GPU, beside a checkout of nanoGPT: make gpu PEER=../nanoGPT, and BENCH=--input=FILE where tiny
-# Shakespeare cannot be downloaded. Some minutes: each side runs once
+# Shakespeare cannot be downloaded. Some minutes: each side runs once. The table comes also where a test fails
 gpu: .venv/test
 	$(if $(PEER),,$(error which checkout of nanoGPT? make gpu PEER=../nanoGPT))
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu; tests=$$?; \
 	$(BIN)/python bench.py train generate loss prepare --size=gpt2 --device=cuda --dtype=bfloat16 --repeats=1 \
-		--peer=$(PEER) --peer=hf --config=configs/fast_shakespeare_char.py --megabytes=20 $(BENCH)
+		--peer=$(PEER) --peer=hf --flags=--compile=True --config=configs/fast_shakespeare_char.py --megabytes=10 $(BENCH) \
+		&& exit $$tests
 
 # the environment: torch and what training needs, then what the tests need; again when pyproject.toml changes
 .venv/run: pyproject.toml

@@ -172,6 +172,7 @@ def write_tokens(
     """Time how a model with random weights generates. `side`: hf, or a folder with a model.py, ours or nanoGPT's."""
     import torch
 
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as sample.py, for all sides
     torch.manual_seed(1337)
     prompt = torch.randint(shape["vocab_size"], (1, PROMPT), device=device)  # which all samples of a batch share
     ours, keys = side == str(ROOT), {"temperature": 0.0} if greedy else {"temperature": 0.8, "top_k": 200}
@@ -211,6 +212,7 @@ def time_tokens(dtype: str, device: str) -> dict[str, float]:
 
     from model import GPT, GPTConfig
 
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as sample.py
     T = 256
     torch.manual_seed(1337)
     model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=T, vocab_size=len(CHARS)))
@@ -356,6 +358,8 @@ def loss(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Iterator
         out = work / f"{name}-{repeat}"
         # a user's first run finds nothing that torch.compile has made before
         measured = run(f"{name}: train.py", [*command, f"--out_dir={out}"], cwd, TORCHINDUCTOR_CACHE_DIR=f"{out}-cache")
+        if (out / "best.pt").exists():  # nanoGPT keeps its best: where a recipe overfits, its last would lose
+            (out / "best.pt").replace(out / "ckpt.pt")
         said = run(f"{name}: the loss", [*evaluation, f"--out_dir={out}"], work).output
         found = {"loss": float(re.search(r"val loss (\S+)", said)[1])}
         return replace(measured, value=measured.seconds, found=found)

@@ -542,7 +542,7 @@ class GPT(nn.Module):
             if step is None or length == 0:  # a prompt, or a refill
                 logits, _ = self(new, cache=cache)  # (1 or B, 1, V)
             else:
-                logits, _ = step(new, cache=cache, cache_position=torch.tensor([length], device=new.device))
+                logits, _ = step(new, cache=cache, cache_position=torch.full((1,), length, device=new.device))
                 for layer in cache:
                     layer.length += 1
             logits = logits[:, -1, :vocab_size].expand(B, -1)  # (B, V)

@@ -49,25 +49,26 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        bad = None if self.found_inf is None else self.found_inf > 0
         for group in self.param_groups:
-            matrices, momentum, lr = group["params"], group["momentum"], group["lr"]
-            if self.found_inf is not None:
-                lr = lr * (1 - self.found_inf)
+            matrices, momentum = group["params"], group["momentum"]
+            lr = group["lr"] if bad is None else group["lr"] * ~bad
+            kept = 1 - lr * group["weight_decay"]
             updates = []
             for matrix in matrices:
                 state, gradient = self.state[matrix], matrix.grad
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(matrix)
                 buffer = state["momentum_buffer"]
-                if self.found_inf is not None:  # on a bad step nothing changes; no waiting for the device to know
-                    gradient = torch.where(self.found_inf > 0, buffer, gradient)
+                if bad is not None:  # on a bad step nothing changes; no waiting for the device to know
+                    gradient = torch.where(bad, buffer, gradient)
                 buffer.lerp_(gradient, 1 - momentum)
                 updates.append(gradient.lerp(buffer, momentum))  # Nesterov's look ahead
             updates = torch.stack(updates)  # (n, rows, columns); the list is let go before more memory is needed
             updates = orthogonalize(updates, self.dtype)
             updates *= -lr * math.sqrt(max(1, updates.size(1) / updates.size(2)))
             for matrix, update in zip(matrices, updates, strict=True):
-                matrix.mul_(1 - lr * group["weight_decay"]).add_(update)
+                matrix.mul_(kept).add_(update)
 
 
 # (a, b, c) of each step of the Polar Express (Amsel et al. 2025, arXiv:2505.16932): together they take singular values

@@ -125,6 +125,7 @@ def with_progress(steps: Iterable, total: int) -> Iterable:
 
 def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
     device = resolve_device(cfg.device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on H100 it plans anew for each length of the cache, at 20 ms and more
     # 8 bits are made of float32, not of 16-bit numbers that have been rounded already
     dtype = torch.float32 if cfg.quantize and cfg.dtype == "auto" else resolve_dtype(cfg.dtype, device)
     model, tokenizer = load(cfg)

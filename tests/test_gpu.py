@@ -1,0 +1,112 @@
+"""What only a GPU can show (`make gpu`): that training and sampling there are those of the CPU but for rounding."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from model import GPT, LARGE_VOCAB, GPTConfig
+from optim import orthogonalize
+from tests.conftest import TINY
+from tests.test_parallel import torchrun
+from tests.test_train import column, with_nan_from
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    yield
+    torch.set_float32_matmul_precision("highest")  # train.py takes TF32
+
+
+def losses(out_dir: Path) -> list[float]:
+    return list(column(out_dir, "train_loss").values())
+
+
+@pytest.mark.parametrize(
+    "options, tolerance",
+    [
+        (("--dtype=float32", "--compile=False"), 2e-3),  # products are in TF32
+        (("--dtype=float16", "--compile=False"), 1e-2),
+        (("--dtype=bfloat16", "--compile=False", "--activation_checkpointing", "--n_kv_head=1", "--qk_norm"), 2e-2),
+        (("--dtype=bfloat16", "--compile=True", "--optimizer=muon", "--position=rope", "--short_conv=2"), 2e-2),
+    ],
+    ids=str,
+)
+def test_a_run_has_the_losses_of_a_run_on_the_cpu(train, tmp_path, options, tolerance):
+    common = [option for option in options if not option.startswith(("--dtype", "--compile"))]
+    run = ("--gradient_accumulation_steps=2", "--max_iters=12", "--eval_interval=6", *common)
+    assert train(*run, "--out_dir=on_cpu", "--dtype=float32").code == 0
+    result = train(*run, *options, f"--device={DEVICE}", "--out_dir=here")
+    assert result.code == 0, result.err
+    assert losses(tmp_path / "here") == pytest.approx(losses(tmp_path / "on_cpu"), rel=tolerance)
+
+
+def test_a_run_can_be_stopped_and_resumed(train, tmp_path):
+    run = (f"--device={DEVICE}", "--dtype=float32", "--compile=False", "--lr_decay_iters=12", "--dropout=0.1")
+    assert train(*run, "--max_iters=12").code == 0
+    assert train(*run, "--max_iters=6", "--out_dir=parts").code == 0
+    assert train(*run, "--max_iters=12", "--out_dir=parts", "--init_from=resume").code == 0
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "out"), rel=1e-4)
+
+
+def test_a_bad_step_is_skipped(train, tmp_path, monkeypatch):
+    with_nan_from(monkeypatch, 5, 5)
+    result = train("--max_iters=12", f"--device={DEVICE}", "--compile=False")
+    assert result.code == 0 and "iter 5: SKIPPED" in result.out, result.err
+    saved = checkpoint.load(tmp_path / "out" / "ckpt.pt")
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+    assert all(state["step"] == 11 for state in saved["optimizer"]["state"].values())
+
+
+def test_one_process_of_torchrun_trains_as_one_without(train, data_dir, tmp_path):
+    run = ("--max_iters=6", f"--device={DEVICE}", "--dtype=float32", "--compile=False")
+    assert train(*run, "--out_dir=alone").code == 0
+    result = torchrun(tmp_path, 1, f"--data_dir={data_dir}", *TINY, *run, "--out_dir=launched")  # with NCCL
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "launched") == pytest.approx(losses(tmp_path / "alone"), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "dtype, compiled, tolerance",
+    [(torch.float32, False, 1e-4), (torch.bfloat16, False, 0.03), (torch.bfloat16, True, 0.03)],
+)
+def test_the_loss_in_chunks_is_the_cpus(monkeypatch, dtype, compiled, tolerance):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=LARGE_VOCAB, block_size=300, n_layer=2, n_head=2, n_embd=32))
+    x, y = torch.randint(50, (4, 300)), torch.randint(LARGE_VOCAB, (4, 300))
+    with monkeypatch.context() as plain:
+        plain.setattr("model.LARGE_VOCAB", math.inf)
+        expected = model(x, y)[1]
+        expected.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    here = GPT(model.config)
+    here.load_state_dict(model.state_dict())
+    here.to(DEVICE)
+    forward = torch.compile(here, dynamic=False, fullgraph=True) if compiled else here
+    with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+        loss = forward(x.to(DEVICE), y.to(DEVICE))[1]
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    for name, parameter in here.named_parameters():
+        assert (parameter.grad.cpu() - gradients[name]).norm() <= tolerance * gradients[name].norm(), name
+
+
+def test_orthogonal_updates_in_bfloat16():
+    torch.manual_seed(0)
+    singular = torch.linalg.svdvals(orthogonalize(torch.randn(3, 96, 384, device=DEVICE), torch.bfloat16).float())
+    assert ((singular > 0.3) & (singular < 1.7)).all()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_greedy_text_is_the_cpus(train, command, compiled):
+    assert train("--max_iters=150", "--block_size=32", "--dtype=float32", "--short_conv=2").code == 0
+    greedy = ("sample.py", "--temperature=0", "--num_samples=2", "--max_new_tokens=80", "--start=the ")
+    written = command(*greedy, "--device=cpu", "--dtype=float32")
+    assert written.code == 0 and len(written.out) > 160
+    here = command(*greedy, f"--device={DEVICE}", "--dtype=float32", f"--compile={compiled}")
+    assert here.out == written.out, here.err
