@@ -31,6 +31,7 @@ slow: .venv/test
 # Shakespeare cannot be downloaded. Some minutes: each side runs once. The table comes also where a test fails
 gpu: .venv/test
 	$(if $(PEER),,$(error which checkout of nanoGPT? make gpu PEER=../nanoGPT))
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: make gpu needs a CUDA device")'
 	$(BIN)/python -m pytest -m gpu; tests=$$?; \
 	$(BIN)/python bench.py train generate loss prepare --size=gpt2 --device=cuda --dtype=bfloat16 --repeats=1 \
 		--peer=$(PEER) --peer=hf --flags=--compile=True --config=configs/fast_shakespeare_char.py --megabytes=10 $(BENCH) \
