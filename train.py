@@ -246,8 +246,8 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         saved = None  # a second copy of the weights and moments
 
     def evaluate_all(model: nn.Module) -> dict[str, float]:
-        place = (device, autocast, rank, WORLD_SIZE)
-        losses = {name: evaluate(model, splits[name], eval_windows[name], *place) for name in splits}
+        where = (device, autocast, rank, WORLD_SIZE)
+        losses = {name: evaluate(model, splits[name], eval_windows[name], *where) for name in splits}
         log.say(f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         measured = {"train_eval_loss": losses["train"], "val_loss": losses["val"]}
         if splits["val"].bytes:
@@ -426,8 +426,8 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
             in_a_row, in_all, bad_iter = bad.tolist()
             if in_all > reported:
                 reported = step["bad_steps"] = in_all
-                culprits = {"rank": rank, "loss": str(bad_loss.item())}
-                culprits["sequences"] = [first_sequence(bad_iter, step, rank) for step in range(micro_steps)]
+                firsts = [first_sequence(bad_iter, micro_step, rank) for micro_step in range(micro_steps)]
+                culprits = {"rank": rank, "loss": str(bad_loss.item()), "sequences": firsts}
                 ranks = [culprits]
                 if DISTRIBUTED:
                     dist.all_gather_object(ranks := [None] * WORLD_SIZE, culprits, group=host_group)
