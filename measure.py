@@ -28,6 +28,7 @@ class Measured:
     """What one process did; `value` is what a row compares, `found` what a function returned in it."""
 
     output: str
+    arrived: list[float]  # when each line of it came, in seconds from the start
     seconds: float  # of the whole process
     rss_mb: float  # at its peak
     value: float = math.nan
@@ -39,15 +40,19 @@ def run(name: str, command: list[Any], cwd: Any, whole_tree: bool = False, **env
 
     Peak memory is the process's own; with `whole_tree`, where there is a /proc, that of all it starts as well.
     """
-    # without the first, the peer's checkout would get a __pycache__
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"} | environment
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    # without the first, the peer's checkout would get a __pycache__; without the second, lines would not come at once
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"} | environment
+    lines, arrived = [], []
+    with tempfile.TemporaryFile() as err:
         started = time.perf_counter()
-        child = subprocess.Popen(list(map(str, command)), cwd=cwd, stdout=out, stderr=err, env=environment)
+        child = subprocess.Popen(list(map(str, command)), cwd=cwd, stdout=subprocess.PIPE, stderr=err, env=environment)
         ended, samples = threading.Event(), [0]
         try:
             if whole_tree:
                 threading.Thread(target=sample_memory, args=(child.pid, ended, samples), daemon=True).start()
+            for line in child.stdout:
+                arrived.append(time.perf_counter() - started)
+                lines.append(line.decode("utf-8", errors="replace"))
             _, status, usage = os.wait4(child.pid, 0)
             seconds, child.returncode = time.perf_counter() - started, os.waitstatus_to_exitcode(status)
         finally:
@@ -55,14 +60,14 @@ def run(name: str, command: list[Any], cwd: Any, whole_tree: bool = False, **env
             if child.returncode is None:  # Ctrl-C
                 child.kill()
                 child.wait()
-        out.seek(0)
+            child.stdout.close()
         err.seek(0)
-        output, said = (file.read().decode("utf-8", errors="replace") for file in (out, err))
+        said = err.read().decode("utf-8", errors="replace")
     if child.returncode:
         reason = (said.strip() or f"exit code {child.returncode}").splitlines()[-1]
         raise ValueError(f"{name} failed: {reason.removeprefix('error: ')}")
     own = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Measured(output, seconds, (max(samples) or own) / 1e6)
+    return Measured("".join(lines), arrived, seconds, (max(samples) or own) / 1e6)
 
 
 def sample_memory(pid: int, ended: threading.Event, samples: list[int]) -> None:

@@ -51,7 +51,7 @@ def stand_ins(tmp_path, monkeypatch):
         script = TRAIN.replace("SIDE", side).replace("NOTES", str(notes)).replace("MS", str(ms)).replace("DTYPE", dtype)
         (sides[side] / "train.py").write_text(script, encoding="utf-8")
     (sides["peer"] / "model.py").write_text("", encoding="utf-8")
-    measured = measure.Measured("", 1.0, 100.0, found=dict(MACHINE))
+    measured = measure.Measured("", [], 1.0, 100.0, found=dict(MACHINE))
     monkeypatch.setattr(bench, "ROOT", sides["ours"])
     monkeypatch.setattr(bench, "call", lambda name, function, *_, **__: measured if function is bench.limits else None)
 
@@ -169,7 +169,7 @@ def test_neither_help_nor_measuring_imports_torch():
 
 def test_rows_prefer_speed_and_low_cost():
     def measured(*values: float) -> list[measure.Measured]:
-        return [measure.Measured("", 1, rss_mb=10 * value, value=value) for value in values]
+        return [measure.Measured("", [], 1, rss_mb=10 * value, value=value) for value in values]
 
     speed = measure.row(("", "", "cpu", "tokens/s"), measured(7, 100, 8), measured(1, 2, 60))
     assert (speed["ours"], speed["peer"], speed["ratio"]) == (8, 2, 4)
@@ -186,6 +186,13 @@ def test_peak_memory(tmp_path):
         family = f"import subprocess, sys; {hold}; subprocess.run([sys.executable, '-c', {hold + '; time.sleep(1)'!r}])"
         tree = measure.run("a family", [sys.executable, "-c", family], tmp_path, whole_tree=True)
         assert 400 < tree.rss_mb < 500
+
+
+def test_each_line_has_the_moment_at_which_it_came(tmp_path):
+    speak = "import time; print('one'); began = time.time()\nwhile time.time() < began + 0.5: pass\nprint('two\\r2')"
+    measured = measure.run("a child", [sys.executable, "-c", speak], tmp_path)
+    assert measured.output == "one\ntwo\r2\n" and len(measured.arrived) == 2
+    assert 0 < measured.arrived[0] <= measured.arrived[1] - 0.4 and measured.arrived[1] <= measured.seconds
 
 
 def test_documents_are_the_input_again_and_again(tmp_path):
@@ -298,9 +305,10 @@ def test_loss(command, ourselves, tmp_path):
     (tmp_path / "nanogpt" / "config" / "train_shakespeare_char.py").write_text(recipe, encoding="utf-8")
     flags = "--max_iters=4 --lr_decay_iters=4 --warmup_iters=1"
     arguments = ["--repeats=1", "--config=ours.py", "--input=text.txt", f"--flags={flags}", f"--peer_flags={flags}"]
-    time, loss = rows(command("bench.py", "loss", "--peer=nanogpt", "--json=result.json", *arguments))
-    assert (time["unit"], loss["unit"]) == ("s", "nats/token")
+    time, whole, loss = rows(command("bench.py", "loss", "--peer=nanogpt", "--json=result.json", *arguments))
+    assert (time["unit"], whole["unit"], loss["unit"]) == ("s", "s", "nats/token")
     assert time["ratio"] == pytest.approx(time["peer"] / time["ours"])
+    assert time["ours"] < whole["ours"] and time["peer"] < whole["peer"]
     assert loss["ours"] == loss["peer"] < 3.5 and loss["ratio"] == 1  # log 28 = 3.3 is where it begins
 
 
