@@ -104,8 +104,8 @@ class Bench:
                 shlex.split(getattr(self, key))
             except ValueError as error:
                 raise ValueError(f"{key}={getattr(self, key)!r}: {error}") from None
-        if self.json and not Path(self.json).resolve().parent.is_dir():
-            raise ValueError(f"json={self.json!r}: no such folder")
+        if self.json and (Path(self.json).is_dir() or not Path(self.json).resolve().parent.is_dir()):
+            raise ValueError(f"json={self.json!r}: not a file in a folder that there is")
 
     @property
     def nanogpt(self) -> str | None:
@@ -154,12 +154,18 @@ def train(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Iterato
         lambda _: time_training("our train.py", ours, work, steps),
         (lambda _: time_training("the peer's train.py", peer, cfg.nanogpt, steps)) if cfg.nanogpt else None,
     )
-    c = model_config(TrainConfig(**shape), padded_vocab_size(vocab_size))
-    flops = flops_per_token(c) * shape["block_size"] * shape["batch_size"]  # of an iteration
+
+    def flops(flags: str) -> int:
+        """Of an iteration."""
+        ran, _ = config.parse(TrainConfig, [*both, *shlex.split(flags)])
+        tokens = ran.block_size * ran.batch_size * ran.gradient_accumulation_steps
+        return flops_per_token(model_config(ran, padded_vocab_size(vocab_size))) * tokens
+
     dtype = re.search(r" in torch\.(\w+);", a[0].output)[1]
     limit = peak_flops(machine["name"], dtype) or machine.get(dtype)
     peer_limit = limit if device == "cuda" else machine["float32"]  # nanoGPT has no autocast but on GPUs
-    shares = {"share": lambda ms: flops / ms * 1000 / limit, "peer_share": lambda ms: flops / ms * 1000 / peer_limit}
+    shares = {"share": lambda ms: flops(cfg.flags) / ms * 1000 / limit}
+    shares["peer_share"] = lambda ms: flops(cfg.peer_flags) / ms * 1000 / peer_limit
     yield row(("train", size, device, "ms/iteration"), a, b, limit=limit, **shares if limit else {})
 
 

@@ -55,15 +55,22 @@ def save(checkpoint: dict[str, Any], out_dir: Path, best: bool, keep_last: int =
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
     if keep_last:
-        for old in [path for path in find(out_dir) if path.name.startswith("ckpt-")][keep_last:]:
+        # one of a later iteration is not of this run's past: it was there before the run went back to an earlier state
+        past = [path for path in snapshots(out_dir) if int(path.stem[5:]) <= checkpoint["iter_num"]]
+        for old in past[keep_last:]:
             old.unlink()
 
 
+def snapshots(out_dir: Path) -> list[Path]:
+    """The ckpt-ITERATION.pt that keep_last has written, the latest first; not what somebody calls ckpt-good.pt."""
+    names = (path.name for path in out_dir.glob("ckpt-*.pt"))
+    numbers = [found[1] for found in map(re.compile(r"ckpt-(\d{8,})\.pt").fullmatch, names) if found]
+    return [out_dir / f"ckpt-{number}.pt" for number in sorted(numbers, key=int, reverse=True)]
+
+
 def find(out_dir: Path) -> list[Path]:
-    """The checkpoints there are, those last written first."""
-    found = [path for pattern in ("ckpt.pt", "ckpt-*.pt", "best.pt") for path in out_dir.glob(pattern)]
-    # of one moment ckpt.pt comes before its twins, and the higher iteration before the lower
-    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    """The checkpoints there are, the last state first, then its predecessors. (Copying a folder loses their times.)"""
+    return [path for path in (out_dir / "ckpt.pt", *snapshots(out_dir), out_dir / "best.pt") if path.exists()]
 
 
 def load_newest(out_dir: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -153,6 +160,8 @@ def check_loop(state: dict[str, Any]) -> None:
     bad_steps, scaler = state.get("bad_steps", [0, 0, -1]), state.get("scaler") or {}
     sound = {
         "iter_num": is_count(state["iter_num"]),
+        "sequences": is_count(state.get("sequences", 0)),
+        "tokens": is_count(state.get("tokens", 0)),
         "best_val_loss": state["best_val_loss"] >= 0,  # nan is not
         "elapsed_seconds": 0 <= state["elapsed_seconds"] < math.inf,
         "val_loss": isinstance(state.get("val_loss", 0.0), float),  # nan before the first evaluation

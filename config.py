@@ -9,6 +9,7 @@ option through Typer, and a config file is plain Python that assigns some of the
 import ast
 import difflib
 import inspect
+import io
 import os
 import re
 import runpy
@@ -16,7 +17,7 @@ import sys
 import traceback
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import (
@@ -163,6 +164,8 @@ class TrainConfig(Machine, Training, Optimizer, Model, Data, Output):
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 0 and below 1")
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction={self.decay_fraction}: must be from 0 to 1")
+        if (self.strategy, self.dtype) == ("fsdp", "float16"):
+            raise ValueError("strategy=fsdp: trains in bfloat16 or float32; float16 would need its gradients scaled")
         if (self.strategy, self.optimizer) == ("fsdp", "muon"):
             raise ValueError("strategy=fsdp: trains with AdamW; optimizer=muon needs whole matrices")
 
@@ -275,12 +278,12 @@ def read_file(path: str, kinds: dict[str, Any]) -> dict[str, Any]:
     try:
         tree = ast.parse(found.read_bytes())
         assigned = runpy.run_path(str(found))
-    except Exception as error:  # it is the user's own program, so it can raise anything
+    except (Exception, SystemExit) as error:  # it is the user's own program, so it can raise anything
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
     imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
     imported = {name.asname or name.name.split(".")[0] for node in imports for name in node.names}
     for key, value in assigned.items():
-        if key.startswith("_") or key in imported or callable(value):
+        if key.startswith("_") or key in imported or (callable(value) and key not in kinds):
             continue
         if key not in kinds:
             raise ValueError(f"{path}: {unknown(key, list(kinds))}")
@@ -419,7 +422,8 @@ def discard_output() -> None:
 
 def fail(message: str, code: int = 2) -> NoReturn:
     process = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
-    print(f"error{process}: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(OSError):  # nobody reads that either
+        print(f"error{process}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -428,6 +432,12 @@ def parse_command_line(cls: type[Settings], doc: str) -> tuple[Settings, dict[st
     sys.excepthook = lambda kind, *rest: (
         print("error: interrupted", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
     )
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us: `>&-`, cron
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that its encoding lacks is no reason to stop
+            stream.reconfigure(errors="replace")
     with one_line_errors():
         return parse(cls, sys.argv[1:], doc)
 

@@ -13,7 +13,7 @@ import sys
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from config import ROOT, discard_output
 from hardware import cpu_name, ram_bytes
@@ -22,8 +22,15 @@ MEASURED = ("train_eval_loss", "val_loss", "val_bpb")  # by an evaluation
 
 
 def files_of_run(folder: Path) -> list[Path]:
-    patterns = ("ckpt.pt", "ckpt-[0-9]*.pt", "best.pt", "metrics.jsonl", "config.json", "bad_batch.json", "loss.png")
-    return [path for pattern in patterns for path in folder.glob(pattern)]
+    patterns = ("ckpt.pt", f"ckpt-{8 * '[0-9]'}*.pt", "best.pt", "metrics.jsonl", "config.json", "bad_batch.json")
+    return [path for pattern in (*patterns, "loss.png") for path in folder.glob(pattern)]
+
+
+def last_iteration(folder: Path) -> int:
+    """Of the run in this folder, by its metrics.jsonl; -1 where there is none."""
+    path = folder / "metrics.jsonl"
+    records, _ = read_metrics(path) if path.is_file() else ([], [])
+    return max((record["iter"] for record in records), default=-1)
 
 
 class Log:
@@ -34,25 +41,36 @@ class Log:
 
     def __init__(self, main: bool):
         self.main, self.file, self.wandb, self.progress = main, None, None, None
+        self.unwritten, self.full = b"", False  # of metrics.jsonl: what a full disk did not take, and that it is full
         self.unread = False  # whether nobody reads what is printed any more: `head` has gone, or `tee`
         atexit.register(self.close)  # also after an error or Ctrl-C: the bar must give the terminal back
 
     def say(self, text: str) -> None:
-        if self.progress:
-            self.progress.console.print(text, markup=False, highlight=False)
-        elif self.main:
-            try:
+        if not self.main:
+            return
+        try:
+            if self.progress:
+                self.progress.console.print(text, markup=False, highlight=False)
+            else:
                 print(text, flush=True)
-            except BrokenPipeError:
-                self.unread = True
-                discard_output()
-                print("nobody reads the output any more: saving after this step", file=sys.stderr)
+        except OSError as error:  # a pipe whose reader has gone, a terminal that is closed, a log on a full disk
+            self.unread, self.progress = True, None
+            discard_output()
+            with suppress(OSError):  # 2>&1
+                print(f"nobody reads the output any more ({error}): saving after this step", file=sys.stderr)
 
     def put_aside(self, out_dir: Path) -> None:
-        """Move an earlier run's files to out_dir/previous: a command repeated by mistake must not cost a run."""
-        found, previous = files_of_run(out_dir), out_dir / "previous"
+        """Move an earlier run's files to out_dir/previous: a command repeated by mistake must not cost a run.
+
+        What was there goes, unless that run had come further; then it is previous-2, and so on.
+        """
+        found = files_of_run(out_dir)
         if not any(path.suffix == ".pt" for path in found):
             return
+        previous, number = out_dir / "previous", 1
+        while last_iteration(previous) > last_iteration(out_dir):
+            number += 1
+            previous = out_dir / f"previous-{number}"
         previous.mkdir(exist_ok=True)
         for path in files_of_run(previous):
             path.unlink()
@@ -88,7 +106,7 @@ class Log:
             if "environment" in before:
                 contents["earlier"] = [*before.get("earlier", []), before["environment"]]
         write_whole(out_dir / "config.json", json.dumps(contents, indent=2) + "\n")
-        self.file = path.open("a", encoding="utf-8")
+        self.file = path.open("ab", buffering=0)
         if sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -121,8 +139,15 @@ class Log:
         """One iteration's numbers, one JSON object a line. JSON has no inf or nan: such a number is null."""
         numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         if self.file:
-            self.file.write(json.dumps(numbers) + "\n")
-            self.file.flush()
+            self.unwritten += json.dumps(numbers).encode() + b"\n"
+            try:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            except OSError as error:  # a disk that is full now may not be later
+                if not self.full:
+                    self.say(f"NOT RECORDED at iteration {metrics['iter']}: {error}; the run goes on")
+                self.full = True
+            else:
+                self.full = False
         if self.wandb:
             if "samples" in numbers:
                 import wandb
@@ -160,9 +185,25 @@ class Log:
         if self.progress:
             self.progress.stop()
         if self.file:
+            with suppress(OSError):
+                self.file.write(self.unwritten)
             self.file.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def hold(out_dir: Path) -> IO:
+    """Keep other runs out of this folder until the returned file is closed. ValueError where one has it."""
+    file = (out_dir / ".lock").open("w", encoding="utf-8")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{out_dir} is in use: another run is writing to it") from None
+    except (ImportError, OSError):  # Windows, and file systems without locks
+        pass
+    return file
 
 
 def utc_now() -> str:

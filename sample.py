@@ -8,6 +8,7 @@ The text goes to standard output, all else to standard error.
 """
 
 import codecs
+import io
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -105,7 +106,7 @@ def load(cfg: SampleConfig) -> tuple[GPT, Tokenizer]:
 def read_prompt(start: str) -> str:
     try:
         if start == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
+            return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()  # with any line ends, as from a file
         if start.startswith("FILE:"):
             return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -132,6 +133,8 @@ def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
     for parameter in model.parameters():  # generating reads every weight for every token: half the bytes, half the time
         parameter.data = parameter.data.to(device, dtype)
     model.eval()
+    if cfg.interactive and origin["start"] != "default":
+        raise ValueError("start: --interactive asks for its prompts, so it takes none on the command line")
     if cfg.interactive:
         cfg.num_samples = 1 if origin["num_samples"] == "default" else cfg.num_samples
     # streamed samples come one after the other; each draws from its own seed, so they are the same as side by side

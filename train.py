@@ -7,10 +7,12 @@ torchrun --standalone --nproc_per_node=8 train.py configs/train_gpt2.py
 
 import math
 import os
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -41,7 +43,7 @@ from data import Split, find_dataset, read_meta
 from hardware import peak_flops, resolve_device, resolve_dtype
 from model import GPT, GPTConfig
 from parallel import any_process, average_gradients, gather_full, init_distributed, is_sharded, shard, try_compile
-from record import Log, describe_environment, utc_now
+from record import Log, describe_environment, hold, utc_now
 from report import refresh_picture
 from tokenizer import Tokenizer, from_description
 
@@ -101,17 +103,20 @@ def spike(losses: Sequence[float], loss: float) -> float | None:
 
 
 def catch_signals() -> list[str]:
-    """A list to which SIGINT and SIGTERM add their names, for the loop to see. A second Ctrl-C stops at once."""
+    """A list to which signals that ask to stop add their names, for the loop to see. A second Ctrl-C stops at once."""
     received = []
 
     def note(number: int, _: FrameType | None) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(signal.Signals(number).name)
-        print(f"{received[-1]}: saving after this step; Ctrl-C stops at once", file=sys.stderr)
+        with suppress(OSError):  # Ctrl-C has ended `tee` as well, or the terminal has gone
+            print(f"{received[-1]}: saving after this step; Ctrl-C stops at once", file=sys.stderr)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows lacks the last; where nohup has it ignored, it stays so
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note)
     return received
 
 
@@ -233,12 +238,15 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
     evals_since_best, evaluated_iter = 0, -1
     bad = [0, 0, -1]  # of bad steps: how many in a row up to now, how many in all, the last one
     recent_losses = []
+    sequences, tokens = 0, 0  # that the weights have seen when this process begins, at resumed_iter
     if saved:
         iter_num, best_val_loss = saved["iter_num"], saved["best_val_loss"]
         val_loss = saved.get("val_loss", best_val_loss)
         elapsed, wandb_id = saved["elapsed_seconds"], saved.get("wandb_id")
         evals_since_best, evaluated_iter = saved.get("evals_since_best", 0), saved.get("evaluated_iter", -1)
         bad, recent_losses = saved.get("bad_steps", bad), saved.get("recent_losses", recent_losses)
+        sequences = saved.get("sequences", iter_num * cfg.gradient_accumulation_steps * cfg.batch_size)
+        tokens = saved.get("tokens", iter_num * tokens_per_iter)
         for name, optimizer in optimizers.items():
             optim.load_state(optimizer, saved.get(name, {}))
         if scaler.is_enabled() and saved.get("scaler"):
@@ -258,9 +266,12 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         evaluate_all(model)
         return 0
 
+    resumed_iter = iter_num
+
     def first_sequence(iter_num: int, micro_step: int, rank: int) -> int:
         """Index, in the run's one order of sequences, of the first of a process's micro-batch."""
-        return (iter_num * cfg.gradient_accumulation_steps + micro_step * WORLD_SIZE + rank) * cfg.batch_size
+        micro_batches = (iter_num - resumed_iter) * cfg.gradient_accumulation_steps + micro_step * WORLD_SIZE + rank
+        return sequences + micro_batches * cfg.batch_size
 
     def batch(iter_num: int, micro_step: int) -> tuple[Tensor, Tensor]:
         """x and y, (B, T) each, of this process."""
@@ -278,8 +289,10 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         prompt = splits["val"].batch(cfg.seed, 0, 1)[0][0, : min(16, cfg.block_size)].to(device)
 
     # -- the record of the run
+    held = None
     if rank == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
+        held = hold(out_dir)
     if cfg.wandb_log:
         wandb_id = log.open_wandb(out_dir, cfg.wandb_project, cfg.wandb_run_name, asdict(cfg), wandb_id)
     if rank == 0 and not resumed:
@@ -295,9 +308,12 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
     peak = peak_flops(device_name, str(dtype).removeprefix("torch."))
     flops_per_iter = bare.flops_per_token() * tokens_per_iter / WORLD_SIZE  # of one device
 
+    def tokens_seen() -> int:
+        return tokens + (iter_num - resumed_iter) * tokens_per_iter
+
     def record(metrics: dict[str, float], clock: float) -> None:
         """iter_num's line in metrics.jsonl: `clock` and tokens are those that its weights have seen."""
-        when = {"iter": iter_num, "time": utc_now(), "elapsed_seconds": clock, "tokens": iter_num * tokens_per_iter}
+        when = {"iter": iter_num, "time": utc_now(), "elapsed_seconds": clock, "tokens": tokens_seen()}
         log.record(when | metrics)
 
     def save(best: bool) -> None:
@@ -310,6 +326,8 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
             "scaler": scaler.state_dict(),
             "model_args": asdict(bare.config),
             "iter_num": iter_num,
+            "sequences": first_sequence(iter_num, 0, 0),
+            "tokens": tokens_seen(),
             "best_val_loss": best_val_loss,
             "val_loss": val_loss,
             "evals_since_best": evals_since_best,
@@ -330,7 +348,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
             log.say(f"NOT SAVED at iteration {iter_num}: {error}; the run goes on, and what was saved before is kept")
 
     # -- the loop: iter_num counts the updates that the weights have had
-    resumed_iter, logged_iter, logged_elapsed = iter_num, iter_num, elapsed
+    logged_iter, logged_elapsed = iter_num, elapsed
     bad, bad_loss, reported = torch.tensor(bad, device=device), torch.zeros((), device=device), bad[1]
     signals = catch_signals()
     started = time.perf_counter()  # the training clock stands still while evaluating and saving
@@ -460,10 +478,12 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         record(measured, elapsed)
         if iter_num < cfg.max_iters:
             log.say(f"val loss has not improved for {evals_since_best} evaluations (patience={cfg.patience})")
-        log.say(f"done: best val loss {best_val_loss:.4f}; python sample.py --out_dir={out_dir}")
+        log.say(f"done: best val loss {best_val_loss:.4f}; python sample.py --out_dir={shlex.quote(str(out_dir))}")
     if drawing and (out_dir / "metrics.jsonl").stat().st_size:
         refresh_picture(out_dir, log.say)
     log.close()
+    if held:
+        held.close()
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))  # torchrun would take any other code for a failure
     return STOPPED_EARLY if stopping and not restarts else 0
 

@@ -46,7 +46,8 @@ class TextFile:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+    # utf-8-sig: a byte order mark at its start is not text
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
         try:
             yield file
         except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:

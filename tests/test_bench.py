@@ -82,6 +82,13 @@ def test_train_row(stand_ins, capsys):
     assert table[1][2:4] == ["25 (25 to 25)", "50 (50 to 50)"]
 
 
+def test_the_share_of_the_limit_is_that_of_the_model_that_ran(stand_ins):
+    full, less = (
+        stand_ins("train", "--steps=3", "--repeats=1", f"--flags={flags}") for flags in ("", "--batch_size=3")
+    )
+    assert less["share_of_limit"] == pytest.approx(full["share_of_limit"] / 4)
+
+
 def test_train_gives_both_sides_the_same_work_in_turn(stand_ins):
     arguments = ["--size=small", "--steps=3", "--repeats=2", "--flags=--compile=True --seed=7", "--peer_flags=--bias=1"]
     stand_ins("train", f"--peer={stand_ins.peer}", *arguments)
@@ -139,7 +146,7 @@ def test_a_failing_child_is_one_line(stand_ins, capsys, source, message):
         (["train", "--flags='"], 'flags="\'": No closing quotation'),
         (["train", "--repeats=0"], "repeats=0: must be at least 1"),
         (["train", "--size=large"], "size='large': expected baby | small | gpt2"),
-        (["train", "--json=nowhere/result.json"], "json='nowhere/result.json': no such folder"),
+        (["train", "--json=nowhere/result.json"], "json='nowhere/result.json': not a file in a folder that there is"),
         (["prepare", "--input=nowhere"], "input='nowhere': there is no text in it"),
     ],
 )

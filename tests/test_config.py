@@ -139,6 +139,8 @@ def test_files_then_flags(tmp_path):
         ("out_dir = 5", "out_dir=5: expected text"),
         ("batch_size = ", "SyntaxError"),
         ("batch_size = 1 / 0", "ZeroDivisionError"),
+        ("learning_rate = lambda iter_num: 3e-4", "expected float"),
+        ("import sys\nsys.exit(0)", "SystemExit: 0"),
     ],
 )
 def test_wrong_config_files_are_named(command, tmp_path, text, message):

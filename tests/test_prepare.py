@@ -500,3 +500,13 @@ def test_a_package_with_the_name_of_one_of_our_rooms_does_no_harm(kqv, tmp_path)
         (tmp_path / "installed" / f"{name}.py").write_text("raise SystemExit('not ours')\n")
     result = kqv("prepare/text.py", "--help", env={"PYTHONPATH": str(tmp_path / "installed")})
     assert result.returncode == 0 and "--tokenizer" in result.stdout, result.stderr
+
+
+def test_a_byte_order_mark_is_no_text(command, tmp_path):
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + 50 * b"hello world\n")
+    (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "hello world"}\n' * 50)
+    for name in ("marked.txt", "marked.jsonl"):
+        result = command("prepare/text.py", f"--input={name}", "--tokenizer=char", "--name=x", "--data_dir=.")
+        assert result.code in (0, None), result.err
+        meta = json.loads((tmp_path / "x" / "meta.json").read_text(encoding="utf-8"))
+        assert set(meta["tokenizer"]["chars"]) <= set("hello world\n")

@@ -206,6 +206,7 @@ def test_bytes_that_are_no_text_are_shown_as_such():
         (["--stop=a", "--stop="], "stop=''"),
         (["--quantize=int8", "--compile"], "quantize='int8': does not work with compile=True"),
         (["--compile", "--kv_cache=False"], "compile=True: does not work with kv_cache=False"),
+        (["--interactive", "--start=a"], "start: --interactive asks for its prompts"),
         (["--quantize=int4"], "quantize='int4': expected int8 | None"),
         (["--out_dir=nowhere"], "no checkpoint nowhere/ckpt.pt"),
         (["--out_dir=latin.txt"], "latin.txt"),

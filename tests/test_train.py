@@ -1,7 +1,10 @@
 """train.py as a whole: the losses it reaches, what it leaves behind, how it goes on."""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -27,6 +30,7 @@ import checkpoint
 from data import Split, read_meta
 from hardware import peak_flops
 from model import GPT, GPTConfig
+from record import Log, hold
 from tests.conftest import ROOT, TINY
 from tests.test_checkpoint import nanogpt_checkpoint
 from tokenizer import from_description
@@ -183,6 +187,7 @@ def test_what_a_run_leaves_behind(train, tmp_path):
     assert result.code == 0
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == [
+        ".lock",
         "best.pt",
         "ckpt.pt",
         "config.json",
@@ -254,14 +259,14 @@ def test_an_earlier_run_is_put_aside_not_overwritten(train, tmp_path):
 
 
 def test_an_earlier_runs_last_few_are_put_aside_too(train, tmp_path):
-    train("--max_iters=4", "--save_interval=1", "--keep_last=2")
     train("--max_iters=2", "--save_interval=1", "--keep_last=2")
-    for folder, kept in (("out/previous", (3, 4)), ("out", (1, 2))):
+    train("--max_iters=4", "--save_interval=1", "--keep_last=2")
+    for folder, kept in (("out/previous", (1, 2)), ("out", (3, 4))):
         found = {path.name: checkpoint.load(path)["iter_num"] for path in (tmp_path / folder).glob("ckpt-*.pt")}
         assert found == {f"ckpt-{iter_num:08d}.pt": iter_num for iter_num in kept}
     train("--max_iters=1")  # of the one before the previous one nothing stays
     assert sorted(path.name for path in (tmp_path / "out" / "previous").glob("ckpt-*.pt")) == [
-        *("ckpt-00000001.pt", "ckpt-00000002.pt")
+        *("ckpt-00000003.pt", "ckpt-00000004.pt")
     ]
 
 
@@ -507,13 +512,19 @@ def test_a_second_control_c_stops_at_once(tmp_path, data_dir):
     assert process.returncode in (75, 130) and "Traceback" not in error  # the two signals can arrive as one
 
 
-def test_a_run_whose_output_nobody_reads_any_more_saves(tmp_path, data_dir):
+@pytest.mark.parametrize("errors_too", [False, True])
+def test_a_run_whose_output_nobody_reads_any_more_saves(tmp_path, data_dir, errors_too):
     process = start(tmp_path, data_dir, "--max_iters=100000", "--eval_interval=100000")
     wait_for_iteration(process, 20)
     process.stdout.close()
+    if errors_too:  # 2>&1 | tee log, and Ctrl-C
+        process.stderr.close()
+        process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 75
-    assert process.stderr.read() == "nobody reads the output any more: saving after this step\n"
-    process.stderr.close()
+    if not errors_too:
+        said = "nobody reads the output any more ([Errno 32] Broken pipe): saving after this step\n"
+        assert process.stderr.read() == said
+        process.stderr.close()
     assert 20 <= checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] < 100000
 
 
@@ -765,6 +776,113 @@ def test_a_terminal_gets_a_progress_bar(tmp_path, data_dir):
     text = shown.decode()
     assert "20/20" in text and "step 20: train loss" in text and "iter 3:" not in text
     assert text.rstrip().endswith("\x1b[?25h") or "\x1b[?25h" in text  # the cursor is shown again
+
+
+@pytest.mark.parametrize("ignored", [False, True])  # as nohup has it
+def test_a_run_whose_terminal_is_closed_saves(tmp_path, data_dir, ignored):
+    leader, follower = pty.openpty()
+    arguments = [sys.executable, ROOT / "train.py", f"--data_dir={data_dir}", *TINY, "--max_iters=100000"]
+    arguments += ["--eval_interval=100", "--save_interval=100000"]
+    process = subprocess.Popen(
+        ["sh", "-c", ("trap '' HUP; " if ignored else "") + 'exec "$@"', "sh", *map(str, arguments)],
+        **{"cwd": tmp_path, "env": os.environ | {"TERM": "xterm"}, "start_new_session": True},
+        **{"stdin": follower, "stdout": follower, "stderr": follower, "preexec_fn": lambda: fcntl.ioctl(0, 0x540E, 0)},
+    )
+    os.close(follower)
+    shown = b""
+    while b"step 100:" not in shown:
+        shown += os.read(leader, 4096)
+    os.close(leader)
+    assert process.wait(timeout=60) == 75
+    assert 100 <= checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] < 100000
+
+
+def test_a_record_that_a_full_disk_does_not_take_is_written_later(tmp_path, capsys):
+    class Disk(io.BytesIO):
+        room = 0
+
+        def write(self, contents: bytes) -> int:
+            if not self.room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(contents[: self.room])
+
+    log = Log(main=True)
+    log.file = disk = Disk()
+    for iter_num, room in enumerate((0, 0, 10, 1000)):
+        disk.room = room
+        log.record({"iter": iter_num})
+    assert disk.getvalue() == b"".join(b'{"iter": %d}\n' % iter_num for iter_num in range(4))
+    said = "NOT RECORDED at iteration 0: [Errno 28] No space left on device; the run goes on\n"
+    assert capsys.readouterr().out == said
+    log.close()
+
+
+def test_a_longer_run_that_was_put_aside_stays(train, tmp_path):
+    for max_iters in (4, 1, 1, 2):
+        assert train(f"--max_iters={max_iters}").code == 0
+    found = {folder.name: len(metrics(folder)) - 1 for folder in (tmp_path / "out").glob("previous*")}
+    assert found == {"previous": 4, "previous-2": 1} and len(metrics(tmp_path / "out")) == 3
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(train, tmp_path):
+    def files() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir() if path.name != ".lock"}
+
+    assert train("--max_iters=1").code == 0
+    before = files()
+    with hold(tmp_path / "out"):
+        for init_from in ("scratch", "resume"):
+            result = train("--max_iters=2", f"--init_from={init_from}")
+            assert result.code == 2 and result.err == "error: out is in use: another run is writing to it\n"
+    assert files() == before
+    assert train("--max_iters=2", "--init_from=resume").code == 0
+
+
+def test_snapshots_are_told_by_name_and_ordered_by_iteration(train, tmp_path):
+    out = tmp_path / "out"
+    assert train("--max_iters=6", "--save_interval=2", "--keep_last=3").code == 0
+    mine = [out / "ckpt-good.pt", out / "ckpt-1-before.pt", out / "ckpt-7.pt"]
+    for path in mine:
+        shutil.copy(out / "ckpt.pt", path)
+    for age, path in enumerate(["best.pt", "ckpt-00000002.pt", "ckpt-00000004.pt", "ckpt-00000006.pt", "ckpt.pt"]):
+        os.utime(out / path, (10**9 - age, 10**9 - age))  # a copy of a folder has them in any order
+    names = ["ckpt.pt", "ckpt-00000006.pt", "ckpt-00000004.pt", "ckpt-00000002.pt", "best.pt"]
+    assert [path.name for path in checkpoint.find(out)] == names
+    assert train("--max_iters=8", "--init_from=resume", "--keep_last=2").code == 0
+    kept = {"ckpt-00000006.pt", "ckpt-00000008.pt", *(path.name for path in mine)}
+    assert {path.name for path in out.glob("ckpt-*.pt")} == kept
+
+
+def test_closed_streams_and_poor_encodings_do_no_harm(tmp_path, data_dir):
+    train = [sys.executable, ROOT / "train.py", f"--data_dir={data_dir}", *TINY, "--max_iters=2", "--out_dir=oüt"]
+    closed = ["sh", "-c", 'exec "$@" <&- >&-', "sh"]
+    options = {"cwd": tmp_path, "capture_output": True, "env": os.environ | {"PYTHONIOENCODING": "ascii"}}
+    result = subprocess.run([*closed, *map(str, train)], **options)
+    assert (result.returncode, result.stderr) == (0, b"") and (tmp_path / "oüt" / "ckpt.pt").is_file()
+    result = subprocess.run([*map(str, train), "--init_from=resume"], **options)
+    assert result.returncode == 0 and b"nothing to do: o?t is at iteration 2" in result.stdout
+
+
+@pytest.mark.parametrize("change", ["--batch_size=2", "--batch_size=12", "--gradient_accumulation_steps=3"])
+def test_another_batch_size_on_resume_repeats_and_skips_nothing(train, tmp_path, monkeypatch, change):
+    taken, batch = [], Split.batch
+
+    def noted(self, seed: int, first: int, batch_size: int):
+        taken.append(range(first, first + batch_size))
+        return batch(self, seed, first, batch_size)
+
+    monkeypatch.setattr(Split, "batch", noted)
+    sequences, seen = [], []
+    runs = ["--max_iters=5"], ["--max_iters=10", change], ["--max_iters=12", "--batch_size=1"]
+    for arguments in runs:
+        taken.clear()
+        assert train(*arguments, "--init_from=auto").code == 0
+        taken.pop()  # made ready for a step that does not come
+        sequences += [index for some in taken for index in some]
+        seen.append(len(sequences))
+    assert sequences == list(range(len(sequences)))
+    tokens = column(tmp_path / "out", "tokens")
+    assert [tokens[iter_num] for iter_num in (5, 10, 12)] == [16 * n for n in seen]
 
 
 def test_mfu_is_of_the_right_device_or_not_given():
