@@ -16,6 +16,7 @@ import signal
 import struct
 import subprocess
 import sys
+import termios
 import time
 import warnings
 from pathlib import Path
@@ -783,10 +784,12 @@ def test_a_run_whose_terminal_is_closed_saves(tmp_path, data_dir, ignored):
     leader, follower = pty.openpty()
     arguments = [sys.executable, ROOT / "train.py", f"--data_dir={data_dir}", *TINY, "--max_iters=100000"]
     arguments += ["--eval_interval=100", "--save_interval=100000"]
+    shell = ["sh", "-c", ("trap '' HUP; " if ignored else "") + 'exec "$@"', "sh"]
     process = subprocess.Popen(
-        ["sh", "-c", ("trap '' HUP; " if ignored else "") + 'exec "$@"', "sh", *map(str, arguments)],
+        [*shell, *map(str, arguments)],
         **{"cwd": tmp_path, "env": os.environ | {"TERM": "xterm"}, "start_new_session": True},
-        **{"stdin": follower, "stdout": follower, "stderr": follower, "preexec_fn": lambda: fcntl.ioctl(0, 0x540E, 0)},
+        **{"stdin": follower, "stdout": follower, "stderr": follower},
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # its controlling terminal
     )
     os.close(follower)
     shown = b""
