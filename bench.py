@@ -148,12 +148,6 @@ def train(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Iterato
     theirs = [f"--dataset={data}", f"--out_dir={work / 'theirs'}", f"--compile={device == 'cuda'}"]
     theirs += [*(["--dtype=bfloat16"] if device == "cuda" else []), *shlex.split(cfg.peer_flags)]
     ours, peer = [sys.executable, ROOT / "train.py", *both, *own], [sys.executable, "train.py", *both, *theirs]
-    a, b = in_turn(
-        cfg.repeats,
-        f"train {size} (ms: ours, peer)",
-        lambda _: time_training("our train.py", ours, work, steps),
-        (lambda _: time_training("the peer's train.py", peer, cfg.nanogpt, steps)) if cfg.nanogpt else None,
-    )
 
     def flops(flags: str) -> int:
         """Of an iteration."""
@@ -161,11 +155,18 @@ def train(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Iterato
         tokens = ran.block_size * ran.batch_size * ran.gradient_accumulation_steps
         return flops_per_token(model_config(ran, padded_vocab_size(vocab_size))) * tokens
 
+    own_flops, peer_flops = flops(cfg.flags), flops(cfg.peer_flags)  # flags that cannot be stop it here
+    a, b = in_turn(
+        cfg.repeats,
+        f"train {size} (ms: ours, peer)",
+        lambda _: time_training("our train.py", ours, work, steps),
+        (lambda _: time_training("the peer's train.py", peer, cfg.nanogpt, steps)) if cfg.nanogpt else None,
+    )
     dtype = re.search(r" in torch\.(\w+);", a[0].output)[1]
     limit = peak_flops(machine["name"], dtype) or machine.get(dtype)
     peer_limit = limit if device == "cuda" else machine["float32"]  # nanoGPT has no autocast but on GPUs
-    shares = {"share": lambda ms: flops(cfg.flags) / ms * 1000 / limit}
-    shares["peer_share"] = lambda ms: flops(cfg.peer_flags) / ms * 1000 / peer_limit
+    shares = {"share": lambda ms: own_flops / ms * 1000 / limit}
+    shares["peer_share"] = lambda ms: peer_flops / ms * 1000 / peer_limit
     yield row(("train", size, device, "ms/iteration"), a, b, limit=limit, **shares if limit else {})
 
 

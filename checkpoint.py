@@ -19,6 +19,7 @@ from typing import Any, get_type_hints
 import torch
 
 from model import GPT, GPTConfig
+from record import snapshots
 
 # what unpickling bytes that are not a checkpoint can raise
 DAMAGE = (RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError, AssertionError, struct.error)
@@ -56,21 +57,14 @@ def save(checkpoint: dict[str, Any], out_dir: Path, best: bool, keep_last: int =
             new.unlink(missing_ok=True)
     if keep_last:
         # one of a later iteration is not of this run's past: it was there before the run went back to an earlier state
-        past = [path for path in snapshots(out_dir) if int(path.stem[5:]) <= checkpoint["iter_num"]]
+        past = [path for iter_num, path in snapshots(out_dir).items() if iter_num <= checkpoint["iter_num"]]
         for old in past[keep_last:]:
             old.unlink()
 
 
-def snapshots(out_dir: Path) -> list[Path]:
-    """The ckpt-ITERATION.pt that keep_last has written, the latest first; not what somebody calls ckpt-good.pt."""
-    names = (path.name for path in out_dir.glob("ckpt-*.pt"))
-    numbers = [found[1] for found in map(re.compile(r"ckpt-(\d{8,})\.pt").fullmatch, names) if found]
-    return [out_dir / f"ckpt-{number}.pt" for number in sorted(numbers, key=int, reverse=True)]
-
-
 def find(out_dir: Path) -> list[Path]:
     """The checkpoints there are, the last state first, then its predecessors. (Copying a folder loses their times.)"""
-    return [path for path in (out_dir / "ckpt.pt", *snapshots(out_dir), out_dir / "best.pt") if path.exists()]
+    return [path for path in (out_dir / "ckpt.pt", *snapshots(out_dir).values(), out_dir / "best.pt") if path.exists()]
 
 
 def load_newest(out_dir: Path, say: Callable[[str], None]) -> dict[str, Any]:

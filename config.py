@@ -164,8 +164,6 @@ class TrainConfig(Machine, Training, Optimizer, Model, Data, Output):
                 raise ValueError(f"{key}={getattr(self, key)}: must be at least 0 and below 1")
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction={self.decay_fraction}: must be from 0 to 1")
-        if (self.strategy, self.dtype) == ("fsdp", "float16"):
-            raise ValueError("strategy=fsdp: trains in bfloat16 or float32; float16 would need its gradients scaled")
         if (self.strategy, self.optimizer) == ("fsdp", "muon"):
             raise ValueError("strategy=fsdp: trains with AdamW; optimizer=muon needs whole matrices")
 

@@ -288,6 +288,12 @@ def find_device(plan_device: str | None, device: str) -> tuple[str, float | None
     return "cpu", ram_bytes()
 
 
+def check_strategy(strategy: str, dtype: str) -> None:
+    """ValueError where FSDP would train in a dtype, as resolved for the device, that it cannot."""
+    if strategy == "fsdp" and dtype == "float16":
+        raise ValueError("strategy=fsdp: trains in bfloat16 or float32; float16 would need its gradients scaled")
+
+
 def micro_steps_of_each(world_size: int, gradient_accumulation_steps: int) -> int:
     """Micro-batches of each process in one step. ValueError where they cannot be shared out evenly."""
     if gradient_accumulation_steps % world_size:
@@ -334,6 +340,7 @@ def plan(cfg: TrainConfig, world_size: int = 1, plan_device: str | None = None) 
     if dtype == "auto":
         dtype = "bfloat16" if gpu or cpu_likes_bfloat16() else "float32"
         dtype = "float16" if re.search("V100|T4", device) else dtype
+    check_strategy(cfg.strategy, dtype)
     sizes, flops = parameters(c), flops_per_token(c)
     n_params = sum(sizes.values())
     tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size

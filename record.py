@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -22,8 +23,14 @@ MEASURED = ("train_eval_loss", "val_loss", "val_bpb")  # by an evaluation
 
 
 def files_of_run(folder: Path) -> list[Path]:
-    patterns = ("ckpt.pt", f"ckpt-{8 * '[0-9]'}*.pt", "best.pt", "metrics.jsonl", "config.json", "bad_batch.json")
-    return [path for pattern in (*patterns, "loss.png") for path in folder.glob(pattern)]
+    names = ("ckpt.pt", "best.pt", "metrics.jsonl", "config.json", "bad_batch.json", "loss.png")
+    return [*(path for name in names if (path := folder / name).exists()), *snapshots(folder).values()]
+
+
+def snapshots(folder: Path) -> dict[int, Path]:
+    """By iteration, the latest first, the ckpt-ITERATION.pt of --keep_last; not what somebody calls ckpt-good.pt."""
+    matches = [(re.fullmatch(r"ckpt-(\d{8,})\.pt", path.name), path) for path in folder.glob("ckpt-*.pt")]
+    return dict(sorted(((int(found[1]), path) for found, path in matches if found), reverse=True))
 
 
 def last_iteration(folder: Path) -> int:
@@ -67,8 +74,8 @@ class Log:
         found = files_of_run(out_dir)
         if not any(path.suffix == ".pt" for path in found):
             return
-        previous, number = out_dir / "previous", 1
-        while last_iteration(previous) > last_iteration(out_dir):
+        previous, number, reached = out_dir / "previous", 1, last_iteration(out_dir)
+        while last_iteration(previous) > reached:
             number += 1
             previous = out_dir / f"previous-{number}"
         previous.mkdir(exist_ok=True)

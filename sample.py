@@ -125,6 +125,8 @@ def with_progress(steps: Iterable, total: int) -> Iterable:
 
 
 def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
+    if cfg.interactive and origin["start"] != "default":
+        raise ValueError("start: --interactive asks for its prompts, so it takes none on the command line")
     device = resolve_device(cfg.device)
     torch.backends.cuda.enable_cudnn_sdp(False)  # on H100 it plans anew for each length of the cache, at 20 ms and more
     # 8 bits are made of float32, not of 16-bit numbers that have been rounded already
@@ -133,8 +135,6 @@ def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
     for parameter in model.parameters():  # generating reads every weight for every token: half the bytes, half the time
         parameter.data = parameter.data.to(device, dtype)
     model.eval()
-    if cfg.interactive and origin["start"] != "default":
-        raise ValueError("start: --interactive asks for its prompts, so it takes none on the command line")
     if cfg.interactive:
         cfg.num_samples = 1 if origin["num_samples"] == "default" else cfg.num_samples
     # streamed samples come one after the other; each draws from its own seed, so they are the same as side by side

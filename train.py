@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from config import EVAL_BATCH, TrainConfig, one_line_errors, parse_command_line, restore
-from plan import learning_rate_concerns, micro_steps_of_each, padded_vocab_size, plan
+from plan import check_strategy, learning_rate_concerns, micro_steps_of_each, padded_vocab_size, plan
 
 # torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; some clusters set the last for every command
 DISTRIBUTED = "RANK" in os.environ
@@ -161,8 +161,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
             log.say(f"nothing to do: {out_dir} is at iteration {saved['iter_num']} of max_iters={cfg.max_iters}")
             return 0
     dtype = resolve_dtype(cfg.dtype, device)
-    if cfg.strategy == "fsdp" and dtype == torch.float16:
-        raise ValueError("strategy=fsdp: trains in bfloat16 or float32; float16 would need its gradients scaled")
+    check_strategy(cfg.strategy, str(dtype).removeprefix("torch."))
     micro_steps = micro_steps_of_each(WORLD_SIZE, cfg.gradient_accumulation_steps)
     lr_decay_iters = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
     for concern in [] if cfg.eval_only else learning_rate_concerns(cfg):

@@ -309,6 +309,12 @@ def test_a_context_that_gpt2_does_not_have_is_refused_as_in_training():
         plan(settings("--init_from=gpt2-xl", "--block_size=2048", "--dataset=nothing"), 1, "h100")
 
 
+@pytest.mark.parametrize("arguments, device", [(["--dtype=float16"], "h100"), ([], "t4")])
+def test_fsdp_in_float16_is_refused_as_in_training(arguments, device):
+    with pytest.raises(ValueError, match="strategy=fsdp: trains in bfloat16 or float32"):
+        plan(settings("--strategy=fsdp", "--dataset=nothing", *arguments), 2, device)
+
+
 def test_without_data_gpt2s_vocabulary_is_assumed_and_it_says_so():
     said = lines(plan(settings("--dataset=nothing", "--bias=True"), 1, "h100"))
     assert said["parameters"].startswith("124,475,904: embeddings 39,419,904, ")  # 47 rows of padding

@@ -844,7 +844,7 @@ def test_a_folder_that_another_run_writes_to_is_refused(train, tmp_path):
 def test_snapshots_are_told_by_name_and_ordered_by_iteration(train, tmp_path):
     out = tmp_path / "out"
     assert train("--max_iters=6", "--save_interval=2", "--keep_last=3").code == 0
-    mine = [out / "ckpt-good.pt", out / "ckpt-1-before.pt", out / "ckpt-7.pt"]
+    mine = [out / name for name in ("ckpt-good.pt", "ckpt-1-before.pt", "ckpt-7.pt", "ckpt-00000006-mine.pt")]
     for path in mine:
         shutil.copy(out / "ckpt.pt", path)
     for age, path in enumerate(["best.pt", "ckpt-00000002.pt", "ckpt-00000004.pt", "ckpt-00000006.pt", "ckpt.pt"]):
