@@ -31,12 +31,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import config
-from config import ROOT, TrainConfig
-from hardware import cpu_name, peak_flops
-from measure import Measured, call, in_turn, limits, row, run
-from plan import flops_per_token, model_config, padded_vocab_size, parameters
-from record import git, write_whole
+from kqv import ROOT, cli, settings
+from kqv.cli import UserError
+from kqv.machine import cpu_name, git, peak_flops
+from kqv.measure import Measured, call, in_turn, limits, row, run
+from kqv.plan import flops_per_token, model_config, padded_vocab_size, parameters
+from kqv.rundir import write_whole
+from kqv.settings import TrainConfig
 from report import print_table
 
 CHARS = string.printable[:65]  # as many as tiny Shakespeare has
@@ -85,27 +86,27 @@ class Bench:
     def __post_init__(self):
         if not self.tasks or not set(self.tasks) <= set(TASKS):
             unknown = f"task {next(t for t in self.tasks if t not in TASKS)!r}" if self.tasks else "which task?"
-            raise ValueError(f"{unknown}: expected {' | '.join(TASKS)}")
-        config.at_least(self, 1, "repeats", "steps", "threads", "megabytes")
+            raise UserError(f"{unknown}: expected {' | '.join(TASKS)}")
+        settings.at_least(self, 1, "repeats", "steps", "threads", "megabytes")
         if unknown := set(self.size) - set(SHAPES):
-            raise ValueError(f"size={min(unknown)!r}: expected {' | '.join(SHAPES)}")
+            raise UserError(f"size={min(unknown)!r}: expected {' | '.join(SHAPES)}")
         for peer in self.peer:
             if peer != "hf" and not (peer and all((Path(peer) / name).is_file() for name in ("train.py", "model.py"))):
-                raise ValueError(f"peer={peer!r}: not a checkout of nanoGPT, it has no train.py and model.py")
+                raise UserError(f"peer={peer!r}: not a checkout of nanoGPT, it has no train.py and model.py")
         self.peer = tuple(dict.fromkeys(peer if peer == "hf" else str(Path(peer).resolve()) for peer in self.peer))
         if len(self.peer) > 1 + ("hf" in self.peer):
-            raise ValueError(f"peer={self.peer[-1]!r}: one checkout is enough, and hf beside it")
+            raise UserError(f"peer={self.peer[-1]!r}: one checkout is enough, and hf beside it")
         if self.peer == ("hf",) and set(self.tasks) != {"generate"}:
-            raise ValueError("peer='hf' is for generate alone; the others need a nanoGPT checkout")
+            raise UserError("peer='hf' is for generate alone; the others need a nanoGPT checkout")
         if "loss" in self.tasks and self.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device={self.device!r}: loss runs on cpu | cuda")
+            raise UserError(f"device={self.device!r}: loss runs on cpu | cuda")
         for key in ("flags", "peer_flags"):
             try:
                 shlex.split(getattr(self, key))
             except ValueError as error:
-                raise ValueError(f"{key}={getattr(self, key)!r}: {error}") from None
+                raise UserError(f"{key}={getattr(self, key)!r}: {error}") from None
         if self.json and (Path(self.json).is_dir() or not Path(self.json).resolve().parent.is_dir()):
-            raise ValueError(f"json={self.json!r}: not a file in a folder that there is")
+            raise UserError(f"json={self.json!r}: not a file in a folder that there is")
 
     @property
     def nanogpt(self) -> str | None:
@@ -126,7 +127,7 @@ def time_training(name: str, command: list[Any], cwd: Any, steps: int) -> Measur
     times = re.findall(r"^iter (\d+): loss \S+, time ([\d.]+)ms", measured.output, re.MULTILINE)
     counted = [float(ms) for iteration, ms in times if WARM_UP <= int(iteration) < WARM_UP + steps]
     if len(counted) < steps:
-        raise ValueError(f"{name} printed the times of {len(counted)} iterations of the {steps} that count")
+        raise UserError(f"{name} printed the times of {len(counted)} iterations of the {steps} that count")
     return replace(measured, value=statistics.median(counted))
 
 
@@ -151,7 +152,7 @@ def train(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Iterato
 
     def flops(flags: str) -> int:
         """Of an iteration."""
-        ran, _ = config.parse(TrainConfig, [*both, *shlex.split(flags)])
+        ran, _ = cli.parse(TrainConfig, [*both, *shlex.split(flags)])
         tokens = ran.block_size * ran.batch_size * ran.gradient_accumulation_steps
         return flops_per_token(model_config(ran, padded_vocab_size(vocab_size))) * tokens
 
@@ -197,7 +198,7 @@ def write_tokens(
         keys |= {"generators": [torch.Generator().manual_seed(1337 + i) for i in range(batch)]} if ours else {}
     model.to(device, getattr(torch, dtype)).eval()
     if ours:
-        from packed import pack
+        from kqv.quantized import pack
 
         pack(model, batch, quantize)
     for new in (8, NEW):  # the first to warm up
@@ -274,7 +275,7 @@ def generate(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Iter
 def write_documents(path: str | None, jsonl: Path, megabytes: int) -> int:
     """A file, the files of a folder, or of Python's library, cut into documents, again and again; how many there are.
 
-    ValueError where there is no text.
+    UserError where there is no text.
     """
     folder, written, count = Path(path or sysconfig.get_path("stdlib")), 0, 0
     files = [folder] if folder.is_file() else sorted(folder.rglob("*" if path else "*.py"))
@@ -282,7 +283,7 @@ def write_documents(path: str | None, jsonl: Path, megabytes: int) -> int:
     texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
     texts = [text[at : at + DOCUMENT] for text in texts for at in range(0, len(text), DOCUMENT)]
     if not texts:
-        raise ValueError(f"input={path!r}: there is no text in it")
+        raise UserError(f"input={path!r}: there is no text in it")
     with jsonl.open("w", encoding="utf-8") as file:
         for count, text in enumerate(itertools.cycle(texts)):
             if written >= 1e6 * megabytes:
@@ -320,7 +321,7 @@ def prepare(cfg: Bench, size: str, work: Path, machine: dict[str, Any]) -> Itera
     if cfg.nanogpt:
         importlib.metadata.version("datasets")  # a missing package is named before the work begins
         if documents < 2048:
-            raise ValueError(f"megabytes={cfg.megabytes}: too little for the peer, which needs 2048 documents (11 MB)")
+            raise UserError(f"megabytes={cfg.megabytes}: too little for the peer, which needs 2048 documents (11 MB)")
         script.parent.mkdir()
         shutil.copy(Path(cfg.nanogpt) / "data" / "openwebtext" / "prepare.py", script)
         call("datasets", save_arrow, work, jsonl=str(jsonl), folder=theirs["folder"])
@@ -448,4 +449,4 @@ def main(cfg: Bench, origin: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the child is stopped and the folder removed
-    config.run(main, Bench)
+    cli.run(main, Bench)

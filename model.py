@@ -21,21 +21,15 @@ a direct path through; normalising before each branch, not after, keeps deep sta
 2019). Attention is from Vaswani et al. 2017, arXiv:1706.03762. The defaults, and the names of the weights, are GPT-2's.
 """
 
-import json
 import math
-import pickle
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 
 @dataclass(kw_only=True)
@@ -165,12 +159,12 @@ class KVCache:
     """One layer's keys and values of the tokens so far, (B, G, block_size, D) each, allocated once, filled in place.
 
     The mask hides the future, so the keys and values of past tokens never change: a new token only adds its own.
-    `recent` has, for each of the block's two short convolutions, what the last few tokens brought: (B, short_conv, C).
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, like: Tensor):
         shape = (batch_size, config.n_kv_head, config.block_size, config.head_dim)
         self.k, self.v = like.new_empty(shape), like.new_empty(shape)
+        # the last few inputs of the block's two short convolutions, (B, short_conv, C) each
         self.recent = [like.new_zeros(batch_size, config.short_conv, config.n_embd) for _ in range(2)]
         self.length = 0  # tokens held, S before the next append
 
@@ -180,19 +174,20 @@ class KVCache:
         for recent in self.recent:
             recent.zero_()
 
-    def append(self, k: Tensor, v: Tensor, cache_position: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Add k, v (B, G, T, D) and return all there are, (B, G, S, D), without a copy.
+    def positions(self, T: int) -> Tensor:
+        """Positions (T) of the next T tokens."""
+        return torch.arange(self.length, self.length + T, device=self.k.device)
 
-        k and v of one row are written to all rows: a prompt that all share. With `cache_position` (T) they go to these
-        places, and all block_size places are returned, filled or not: the shapes, and `length`, stay as they are.
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Add k, v (B, G, T, D); return all there are, (B, G, S, D), without a copy, and their mask if not causal_mask.
+
+        k and v of one row are written to all rows: a prompt that all samples share.
         """
-        if cache_position is not None:
-            return self.k.index_copy_(2, cache_position, k), self.v.index_copy_(2, cache_position, v)
         end = self.length + k.size(2)
         self.k[:, :, self.length : end] = k
         self.v[:, :, self.length : end] = v
         self.length = end
-        return self.k[: len(k), :, :end], self.v[: len(v), :, :end]
+        return self.k[: len(k), :, :end], self.v[: len(v), :, :end], None
 
 
 class CausalSelfAttention(nn.Module):
@@ -209,7 +204,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.attention = ATTENTIONS[config.attention]
 
-    def forward(self, x: Tensor, rope: Rope | None, cache: KVCache | None, cache_position: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         # Each token makes a query (what it looks for), a key (what it can be found by), a value (what it then gives).
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2G, T, D)
@@ -219,9 +214,7 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         mask = None
         if cache is not None:
-            k, v = cache.append(k, v, cache_position)  # (B, G, S, D)
-            if cache_position is not None:
-                mask = cache_position[:, None] >= torch.arange(k.size(2), device=x.device)  # (T, S)
+            k, v, mask = cache.append(k, v)  # (B, G, S, D) twice
         y = self.attention(q, k, v, self.attn_dropout, mask)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H*D): the heads side by side
         return self.resid_dropout(self.c_proj(y))  # (B, T, C): mix what the heads found, back into the stream
@@ -261,25 +254,30 @@ NORMS: dict[str, Callable[[GPTConfig, int], nn.Module]] = {
 
 
 class ShortConv(nn.Module):
-    """x[t] + w[n-1] x[t-1] + ... + w[0] x[t-n], each channel with its own weights; before the first token are zeros.
+    """x[t] + w[n-1] x[t-1] + ... + w[0] x[t-n], each channel with its own weights; zeros stand before the first token.
 
     A token need not learn attention to know its neighbours, as with Canon layers (Allen-Zhu 2025, arXiv:2512.17351).
+    Of n = short_conv = 0 earlier tokens nothing is mixed in, and there are no weights.
     """
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, place: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.short_conv, 1, config.n_embd))  # (n, 1, C)
+        self.place = place  # of its inputs in KVCache.recent
+        weight = nn.Parameter(torch.empty(config.short_conv, 1, config.n_embd)) if config.short_conv else None
+        self.register_parameter("weight", weight)  # (n, 1, C)
 
-    def forward(self, x: Tensor, recent: Tensor | None = None) -> Tensor:
-        """x (B, T, C) -> (B, T, C). `recent`: one of a KVCache's, the n tokens before x; it moves on to the last n."""
+    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+        if self.weight is None:
+            return x
         n, T = len(self.weight), x.size(1)
-        if recent is None:
+        if cache is None:
             padded = F.pad(x, (0, 0, n, 0))  # (B, n + T, C)
         else:
-            padded = torch.cat((recent[: len(x)], x), dim=1)
+            recent = cache.recent[self.place]  # (B, n, C): the n tokens before x, then the last n of both
+            padded = torch.cat((recent[: len(x)], x), dim=1)  # (B, n + T, C)
             recent.copy_(padded[:, T:])
         for i, weight in enumerate(self.weight):
-            x = x + weight * padded[:, i : i + T]
+            x = x + weight * padded[:, i : i + T]  # (B, T, C)
         return x
 
 
@@ -304,102 +302,15 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = NORMS[config.norm](config, config.n_embd)
         self.mlp = MLP(config)
-        self.conv_1 = ShortConv(config) if config.short_conv else None
-        self.conv_2 = ShortConv(config) if config.short_conv else None
+        self.conv_1, self.conv_2 = ShortConv(config, place=0), ShortConv(config, place=1)
 
-    def forward(self, x: Tensor, rope: Rope | None, cache: KVCache | None, cache_position: Tensor | None) -> Tensor:
-        recent = cache.recent if cache is not None else (None, None)
-        if self.conv_1 is not None:
-            x = self.conv_1(x, recent[0])
-        x = x + self.attn(self.ln_1(x), rope, cache, cache_position)  # (B, T, C)
-        normed = self.ln_2(x)
-        if self.conv_2 is not None:
-            normed = self.conv_2(normed, recent[1])
-        return x + self.mlp(normed)  # (B, T, C)
-
-
-# -- the loss over a large vocabulary, whose logits, (B*T, V), would be the largest tensor of a step by far ----------
-
-LARGE_VOCAB = 4096  # on CPUs the loss in chunks is a quarter faster here, as fast at 1000, slower at 65: dev/LOG.md
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """F.cross_entropy(x @ weight.T, targets, ignore_index=-1), a chunk of rows at a time; N is B*T.
-
-    The gradients are made along with the loss, while a chunk's logits are there, so that each is computed once only;
-    backward multiplies them by what comes from above. (torch's own, new in 2.13, does not follow autocast.)
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, training: bool) -> Tensor:
-        rows = min(len(x), max(512, math.ceil(len(x) / 8)))  # fewer would leave matrix products too small
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        exact = torch.promote_types(dtype, torch.float32)  # of the softmax
-        head, loss = weight.to(dtype), x.new_zeros((), dtype=exact)
-        logits = head.new_empty(rows, len(head))  # (n, V) of each chunk in turn: fresh memory is slow to write to
-        if training:
-            grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
-        for start in range(0, len(x), rows):
-            part, y = x[start : start + rows].to(dtype), targets[start : start + rows, None]  # (n, C), (n, 1)
-            counts = y != -1
-            y = y.where(counts, 0)
-            chunk = torch.mm(part, head.t(), out=logits[: len(part)])  # (n, V)
-            p = chunk.to(exact)
-            p -= p.amax(dim=1, keepdim=True)
-            of_target = p.gather(1, y)  # (n, 1)
-            total = p.exp_().sum(dim=1, keepdim=True)  # (n, 1)
-            loss += ((total.log() - of_target) * counts).sum()
-            if training:  # d loss / d logits is p / total, the softmax, less 1 for the target
-                p = chunk.copy_(p.scatter_add_(1, y, -total).mul_(counts / total))
-                grad_x[start : start + rows] = p @ head  # (n, C)
-                if dtype == weight.dtype:
-                    grad_weight.addmm_(p.t(), part)  # (V, n) @ (n, C)
-                else:
-                    grad_weight += p.t() @ part
-            del p  # before there is the next
-        n = (targets != -1).sum()
-        if training:
-            ctx.save_for_backward(grad_x, grad_weight, n)
-        return loss / n
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad_x, grad_weight, n = ctx.saved_tensors
-        grad = grad / n
-        return grad_x.mul_(grad), grad_weight.mul_(grad), None, None
-
-
-class TiedEmbedding(torch.autograd.Function):
-    """weight[idx], and the weight again, as the head's. One function for both lets backward add the embedding's
-    gradient to the head's in place; autograd would build a second (V, C), mostly zeros, and add the two."""
-
-    @staticmethod
-    def forward(ctx, idx: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(idx)
-        return F.embedding(idx, weight), weight.view_as(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor, grad_weight: Tensor) -> tuple[None, Tensor]:
-        idx, grad = ctx.saved_tensors[0].flatten(), grad.flatten(0, 1).type_as(grad_weight)  # (N), (N, C)
-        # threads add in any order, so sums round differently each time: in index_put_ on CPUs, in index_add_ on GPUs
-        if grad.is_cuda:
-            return None, grad_weight.index_put_((idx,), grad, accumulate=True)
-        return None, grad_weight.index_add_(0, idx, grad)
+    def forward(self, x: Tensor, rope: Rope | None, cache: KVCache | None) -> Tensor:
+        x = self.conv_1(x, cache)  # (B, T, C)
+        x = x + self.attn(self.ln_1(x), rope, cache)  # (B, T, C)
+        return x + self.mlp(self.conv_2(self.ln_2(x), cache))  # (B, T, C)
 
 
 # -- the model -------------------------------------------------------------------------------------------------------
-
-
-class SkipInit(TorchFunctionMode):
-    """Leave weights as they are: those of "meta" hold nothing, and initialising them would import torch._dynamo."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
-        return function(*args, **kwargs or {})
 
 
 class GPT(nn.Module):
@@ -436,31 +347,24 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        cache: list[KVCache] | None = None,
-        cache_position: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:
+        self, idx: Tensor, targets: Tensor | None = None, cache: list[KVCache] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """idx (B, T) -> logits (B, T, V) and the mean loss in nats against targets (B, T), where -1 does not count.
 
-        From a vocabulary of LARGE_VOCAB on, targets give the loss alone, and None: all logits are never there at once.
-        Without targets: the last position's logits, (B, 1, V), and None. With a cache, idx continues what it holds;
-        with `cache_position` too, the places (T) of idx in it, shapes are the same at any length: one graph serves all.
+        Without targets: the last position's logits, (B, 1, V), and None. With a cache, idx continues what it holds.
         """
-        _, T = idx.shape
-        pos = cache_position  # (T)
-        if pos is None:
-            start = cache[0].length if cache is not None else 0
-            end = start + T
-            assert end <= self.config.block_size, f"{end} tokens do not fit block_size={self.config.block_size}"
-            pos = torch.arange(start, end, device=idx.device)  # (T)
-        chunked = targets is not None and self.config.vocab_size >= LARGE_VOCAB
-        head = self.lm_head.weight if chunked else None
-        if chunked and self.config.tie_embeddings:
-            x, head = TiedEmbedding.apply(idx, head)  # (B, T, C), (V, C)
-        else:
-            x = self.transformer.wte(idx)  # (B, T, C)
+        x = self.hidden_states(self.transformer.wte(idx), cache)  # (B, T, C)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None
+        logits = self.lm_head(x)  # (B, T, V)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def hidden_states(self, x: Tensor, cache: list[KVCache] | None = None) -> Tensor:
+        """Token embeddings (B, T, C) -> what the head reads, (B, T, C). kqv/loss.py puts its own loss after it."""
+        T = x.size(1)
+        end = T if cache is None else cache[0].length + T
+        assert end <= self.config.block_size, f"{end} tokens do not fit block_size={self.config.block_size}"
+        pos = torch.arange(T, device=x.device) if cache is None else cache[0].positions(T)  # (T)
         if "wpe" in self.transformer:
             x = x + self.transformer.wpe(pos)  # (B, T, C) + (T, C)
         rope = None
@@ -468,14 +372,8 @@ class GPT(nn.Module):
             rope = rotary_table(pos, self.config.head_dim, self.config.rope_theta)  # (T, D) twice
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, rope, cache[layer] if cache is not None else None, cache_position)  # (B, T, C)
-        x = self.transformer.ln_f(x)
-        if targets is None:
-            return self.lm_head(x[:, -1:]), None
-        if chunked:
-            return None, LinearCrossEntropy.apply(x.flatten(0, 1), head, targets.flatten(), torch.is_grad_enabled())
-        logits = self.lm_head(x)  # (B, T, V)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            x = block(x, rope, None if cache is None else cache[layer])  # (B, T, C)
+        return self.transformer.ln_f(x)
 
     def num_params(self) -> int:
         """Weights that take part in matrix products: all but embeddings that are only looked up."""
@@ -509,133 +407,41 @@ class GPT(nn.Module):
         generators: Sequence[torch.Generator],
         vocab_size: int | None = None,
         kv_cache: bool = True,
-        step: Callable[..., tuple[Tensor, None]] | None = None,
+        forward: Callable[..., tuple[Tensor, None]] | None = None,
         **sampling: float | None,
     ) -> Iterator[Tensor]:
-        """Continue idx (B, T): yield max_new_tokens times the next token of each sequence, (B, 1).
+        """Continue idx (B, T): yield the next token of each sequence, (B, 1), max_new_tokens times.
 
         There is a generator for each sequence; idx (1, T) is a prompt that all share, and is read once.
-        Of ids from `vocab_size` on (padding of the head) none is drawn; `generators` and `sampling`: see next_token.
-        `step` is a compiled `forward`, for one new token at a time: it always sees the same shapes.
-        A full cache is filled again from the most recent half of block_size, so a token's cost stays bounded;
-        kv_cache=False recomputes the last block_size tokens for each.
+        Ids from `vocab_size` on (padding of the head) are never drawn; `generators` and `sampling`: see next_token.
+        A full cache is filled again from the most recent half of block_size, so that the cost of a token stays bounded;
+        kv_cache=False recomputes the last block_size tokens for each. `forward` is a faster stand-in for the model's
+        own, see kqv/generate.py.
         """
-        block_size, B = self.config.block_size, len(generators)
-        new, idx = idx[:, -block_size:], idx.expand(B, -1)  # (1 or B, T), (B, T)
+        block_size, B, forward = self.config.block_size, len(generators), forward or self
         cache = None
         if kv_cache:
             cache = [KVCache(self.config, B, like=self.transformer.wte.weight) for _ in self.transformer.h]
-        if step is not None:
-            for layer in cache:
-                for tensor in (layer.k, layer.v, *layer.recent):
-                    tensor.zero_()  # places not filled weigh 0, and 0 x nan would be nan
-                    torch._dynamo.mark_static_address(tensor, guard=False)  # so that CUDA graphs may write to it
+        new, idx = idx[:, -block_size:], idx.expand(B, -1)  # (1 or B, T), (B, T)
         for _ in range(max_new_tokens):
-            length = cache[0].length if cache is not None else 0
             if cache is None:
                 new = idx[:, -block_size:]
-            elif length + new.size(1) > block_size:
+            elif cache[0].length + new.size(1) > block_size:
                 for layer in cache:
                     layer.clear()
-                length = 0
                 new = idx[:, -max(1, block_size // 2) :]
-            if step is None or length == 0:  # a prompt, or a refill
-                logits, _ = self(new, cache=cache)  # (1 or B, 1, V)
-            else:
-                logits, _ = step(new, cache=cache, cache_position=torch.full((1,), length, device=new.device))
-                for layer in cache:
-                    layer.length += 1
+            logits, _ = forward(new, cache=cache)  # (1 or B, 1, V)
             logits = logits[:, -1, :vocab_size].expand(B, -1)  # (B, V)
             new = next_token(logits, generators, seen=idx, **sampling)  # (B, 1)
             idx = torch.cat((idx, new), dim=1)  # (B, T + 1)
             yield new
 
     @classmethod
-    def from_weights(cls, config: GPTConfig, weights: dict[str, Tensor]) -> "GPT":
-        """A model that takes `weights` (name -> tensor) as its own, without initialising or copying."""
-        with torch.device("meta"), SkipInit():
-            model = cls(config)
-        if config.tie_embeddings:
-            weights = weights | {"lm_head.weight": weights["transformer.wte.weight"]}
-        model.load_state_dict(weights, assign=True)
-        if config.tie_embeddings:
-            model.lm_head.weight = model.transformer.wte.weight
-        return model
-
-    @classmethod
     def from_pretrained(cls, name: str, dropout: float = 0.0) -> "GPT":
         """GPT-2 from Hugging Face: gpt2 | gpt2-medium | gpt2-large | gpt2-xl, or a local folder in its format."""
-        folder = Path(name)
-        if name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not folder.is_dir():
-            from huggingface_hub import snapshot_download
-            from huggingface_hub.errors import LocalEntryNotFoundError
+        from kqv.hub import load_gpt2  # all else in this file needs torch alone
 
-            try:
-                files = ["config.json", "model.safetensors"]
-                folder = Path(snapshot_download(f"openai-community/{name}", allow_patterns=files))
-            except LocalEntryNotFoundError:
-                raise ValueError(
-                    f"could not download {name}: no connection to Hugging Face, and no copy here"
-                ) from None
-        try:
-            return cls.from_weights(*read_gpt2(folder, dropout))
-        except (RuntimeError, KeyError) as error:
-            raise ValueError(f"{folder}: its weights are not those of its config.json ({error})") from None
-
-
-def read_gpt2(folder: Path, dropout: float = 0.0) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Config and weights of a Hugging Face GPT-2 folder (config.json and *.safetensors, or pytorch_model.bin)."""
-    try:
-        hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        activation = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}[
-            hf["activation_function"]
-        ]
-        if hf["model_type"] != "gpt2" or hf.get("scale_attn_by_inverse_layer_idx"):
-            raise KeyError(f"model_type {hf['model_type']}")
-        config = GPTConfig(
-            block_size=hf["n_positions"],
-            vocab_size=hf["vocab_size"],
-            n_layer=hf["n_layer"],
-            n_head=hf["n_head"],
-            n_embd=hf["n_embd"],
-            n_inner=hf.get("n_inner"),
-            mlp=activation,
-            norm_eps=hf["layer_norm_epsilon"],
-            tie_embeddings=hf.get("tie_word_embeddings", True),
-            dropout=dropout,
-        )
-    except (FileNotFoundError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} has no config.json of a GPT-2 ({type(error).__name__}: {error})") from None
-    found = {}
-    if paths := sorted(folder.glob("*.safetensors")):
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            for path in paths:
-                found |= load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
-    else:
-        path = folder / "pytorch_model.bin"
-        try:
-            with warnings.catch_warnings():  # of pickle versions that torch does not write
-                warnings.simplefilter("ignore")
-                found = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged or would run code ({type(error).__name__})") from None
-    named = isinstance(found, dict) and all(isinstance(name, str) for name in found)
-    if not named or not all(torch.is_tensor(tensor) and tensor.is_floating_point() for tensor in found.values()):
-        raise ValueError(f"{path} is damaged: not names with a tensor each")
-    weights = {}
-    for name, tensor in found.items():
-        if name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, not weights
-            continue
-        # GPT-2's "Conv1D" keeps matrices as (in, out), nn.Linear as (out, in)
-        transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        key = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        weights[key] = (tensor.t().contiguous() if transposed else tensor).float()
-    return config, weights
+        return load_gpt2(cls, GPTConfig, name, dropout)
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------
@@ -659,7 +465,7 @@ def next_token(
     """
     logits = logits.float()
     if not logits.isfinite().all():
-        raise ValueError("the model's logits are not all finite: its weights are damaged, or its run had diverged")
+        raise FloatingPointError("the logits are not all finite: the weights are damaged, or their run had diverged")
     if repetition_penalty != 1:
         score = logits.gather(1, seen)  # (B, T)
         penalized = torch.where(score > 0, score / repetition_penalty, score * repetition_penalty)

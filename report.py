@@ -13,8 +13,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import config
-from record import read_config, read_metrics, write_whole
+from kqv import cli
+from kqv.cli import UserError
+from kqv.rundir import read_config, read_metrics, write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,11 +41,11 @@ class Report:
 
     def __post_init__(self):
         if not self.runs:
-            raise ValueError("which runs? python report.py OUT_DIR [OUT_DIR ...]")
+            raise UserError("which runs? python report.py OUT_DIR [OUT_DIR ...]")
         for key in ("png", "html"):
             value = getattr(self, key)
             if value is not None and not Path(value).name:
-                raise ValueError(f"{key}={value!r}: expected the name of a file")
+                raise UserError(f"{key}={value!r}: expected the name of a file")
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -66,17 +67,17 @@ class Run:
 
 
 def read_run(out_dir: Path) -> Run:
-    """What train.py recorded in this folder. ValueError where that is missing, empty or damaged."""
+    """What train.py recorded in this folder. UserError where that is missing, empty or damaged."""
     path = out_dir / "metrics.jsonl"
     if not out_dir.is_dir():
-        raise ValueError(f"no folder {out_dir}")
+        raise UserError(f"no folder {out_dir}")
     if not path.is_file():
-        raise ValueError(f"{out_dir} has no metrics.jsonl, so it is not the out_dir of a run")
+        raise UserError(f"{out_dir} has no metrics.jsonl, so it is not the out_dir of a run")
     records, damaged = read_metrics(path)
     if damaged:
-        raise ValueError(f"{path}: line {damaged[0]} is damaged")
+        raise UserError(f"{path}: line {damaged[0]} is damaged")
     if not records:
-        raise ValueError(f"{path}: no iteration is recorded yet")
+        raise UserError(f"{path}: no iteration is recorded yet")
     return Run(printable(str(out_dir)), records, read_config(out_dir / "config.json"))
 
 
@@ -165,7 +166,7 @@ def refresh_picture(out_dir: Path, say: Callable[[str], None]) -> bool:
     except ImportError as error:
         say(f"no loss.png: {error}; pip install matplotlib")
         return False
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         say(f"no loss.png: {error}")
     return True
 
@@ -327,4 +328,4 @@ def main(cfg: Report, origin: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    config.run(main, Report)
+    cli.run(main, Report)

@@ -14,19 +14,21 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from config import SampleConfig, one_line_errors, parse_command_line
+from kqv.cli import UserError, one_line_errors, parse_command_line
+from kqv.settings import SampleConfig
 
 # Before torch is imported, so that --help and a misspelt setting are answered at once.
 SETTINGS = parse_command_line(SampleConfig, __doc__) if __name__ == "__main__" else None
 
 import torch
 
-import checkpoint
-from data import find_dataset, read_meta
-from hardware import resolve_device, resolve_dtype
-from model import GPT
-from packed import pack
-from tokenizer import Tokenizer, encode_prompt, from_description
+from kqv import checkpoint
+from kqv.data import find_dataset, read_meta
+from kqv.generate import CompiledForward
+from kqv.machine import resolve_device, resolve_dtype
+from kqv.quantized import pack
+from kqv.tokenizer import Tokenizer, encode_prompt, from_description
+from model import GPT, GPTConfig
 
 SEPARATOR = "---------------"  # between samples, as nanoGPT prints it
 
@@ -74,13 +76,13 @@ def load(cfg: SampleConfig) -> tuple[GPT, Tokenizer]:
     if cfg.init_from != "resume":
         model = GPT.from_pretrained(cfg.init_from)
         if not all(parameter.isfinite().all() for parameter in model.parameters()):  # of checkpoints, load looks
-            raise ValueError(f"the weights of {cfg.init_from} are not all finite")
+            raise UserError(f"the weights of {cfg.init_from} are not all finite")
         return model, from_description({"kind": "gpt2"})
     path = Path(cfg.out_dir)
     if not path.is_file():
         path = next((p for p in (path / "best.pt", path / "ckpt.pt") if p.is_file()), path / "ckpt.pt")
     saved = checkpoint.load(path, mmap=True)  # the optimizer's part stays on the disk
-    model = checkpoint.build_model(saved, path, dropout=0.0)
+    model = checkpoint.restore_model(saved, path, GPT, GPTConfig, dropout=0.0)
     if "tokenizer" in saved:
         description = saved["tokenizer"]
     elif model.config.vocab_size >= 50257:  # nanoGPT's own checkpoints name a data set, not a tokenizer
@@ -88,14 +90,14 @@ def load(cfg: SampleConfig) -> tuple[GPT, Tokenizer]:
     else:
         dataset = saved["config"].get("dataset")
         if not isinstance(dataset, str) or not dataset:
-            raise ValueError(f"{path} has neither a tokenizer nor the name of its data set")
+            raise UserError(f"{path} has neither a tokenizer nor the name of its data set")
         description = read_meta(find_dataset(cfg.data_dir, dataset))["tokenizer"]
     try:
         tokenizer = from_description(description)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{path}: its tokenizer has {tokenizer.vocab_size} ids, its model only {model.config.vocab_size}"
         )
     val_loss = saved.get("val_loss", saved["best_val_loss"])
@@ -110,7 +112,7 @@ def read_prompt(start: str) -> str:
         if start.startswith("FILE:"):
             return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"start={start}: not UTF-8 text") from None
+        raise UserError(f"start={start}: not UTF-8 text") from None
     return start
 
 
@@ -126,7 +128,7 @@ def with_progress(steps: Iterable, total: int) -> Iterable:
 
 def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
     if cfg.interactive and origin["start"] != "default":
-        raise ValueError("start: --interactive asks for its prompts, so it takes none on the command line")
+        raise UserError("start: --interactive asks for its prompts, so it takes none on the command line")
     device = resolve_device(cfg.device)
     torch.backends.cuda.enable_cudnn_sdp(False)  # on H100 it plans anew for each length of the cache, at 20 ms and more
     # 8 bits are made of float32, not of 16-bit numbers that have been rounded already
@@ -139,11 +141,10 @@ def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
         cfg.num_samples = 1 if origin["num_samples"] == "default" else cfg.num_samples
     # streamed samples come one after the other; each draws from its own seed, so they are the same as side by side
     one_by_one = cfg.stream or cfg.interactive
-    step = None
+    forward = None
     if cfg.compile is True:  # on GPUs a step is then one CUDA graph; "auto": on CPUs it gains nothing
         print("compiling the model takes half a minute", file=sys.stderr)
-        mode = "reduce-overhead" if device.type == "cuda" else None
-        step = torch.compile(model.forward, fullgraph=True, dynamic=False, mode=mode)
+        forward = CompiledForward(model)
     else:
         pack(model, 1 if one_by_one else cfg.num_samples, cfg.quantize)
 
@@ -151,7 +152,7 @@ def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
         """Write a continuation of the prompt for each number in `samples`, side by side; returns the tokens made."""
         ids = encode_prompt(tokenizer, prompt)
         if not ids:
-            raise ValueError("start is empty: the model needs at least one token to go on from")
+            raise UserError("start is empty: the model needs at least one token to go on from")
         idx = torch.tensor([ids], device=device)  # (1, T), read once for all samples
         texts = [Text(tokenizer, cfg.stop) for _ in samples]
         tokens = model.generate(
@@ -160,7 +161,7 @@ def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
             [torch.Generator().manual_seed(cfg.seed + sample) for sample in samples],
             vocab_size=tokenizer.vocab_size,
             kv_cache=cfg.kv_cache,
-            step=step,
+            forward=forward,
             temperature=cfg.temperature,
             top_k=cfg.top_k,
             top_p=cfg.top_p,
@@ -194,7 +195,7 @@ def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
         for samples in batches:
             try:
                 made += generate(prompt, samples, stream=one_by_one)
-            except ValueError as error:  # a prompt the tokenizer cannot read should not end the conversation
+            except UserError as error:  # a prompt the tokenizer cannot read should not end the conversation
                 if not cfg.interactive:
                     raise
                 print(f"error: {error}", file=sys.stderr)

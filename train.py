@@ -18,8 +18,9 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from config import EVAL_BATCH, TrainConfig, one_line_errors, parse_command_line, restore
-from plan import check_strategy, learning_rate_concerns, micro_steps_of_each, padded_vocab_size, plan
+from kqv.cli import UserError, one_line_errors, parse_command_line, restore
+from kqv.plan import check_strategy, learning_rate_concerns, micro_steps_of_each, padded_vocab_size, plan
+from kqv.settings import TrainConfig
 
 # torchrun sets RANK, LOCAL_RANK and WORLD_SIZE; some clusters set the last for every command
 DISTRIBUTED = "RANK" in os.environ
@@ -37,15 +38,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-import checkpoint
-import optim
-from data import Split, find_dataset, read_meta
-from hardware import peak_flops, resolve_device, resolve_dtype
+from kqv import checkpoint, optim
+from kqv.data import EVAL_BATCH, Split, find_dataset, read_meta
+from kqv.distributed import (
+    any_process,
+    average_gradients,
+    gather_full,
+    init_distributed,
+    is_sharded,
+    shard,
+    try_compile,
+)
+from kqv.log import Log
+from kqv.loss import NextTokenLoss
+from kqv.machine import describe_environment, peak_flops, resolve_device, resolve_dtype, utc_now
+from kqv.rundir import hold, put_aside
+from kqv.tokenizer import Tokenizer, from_description
 from model import GPT, GPTConfig
-from parallel import any_process, average_gradients, gather_full, init_distributed, is_sharded, shard, try_compile
-from record import Log, describe_environment, hold, utc_now
 from report import refresh_picture
-from tokenizer import Tokenizer, from_description
 
 RECENT = 50  # logged losses that a new one is compared with, to notice when it jumps
 STOPPED_EARLY = 75  # exit code of a run that was asked to stop and can go on: EX_TEMPFAIL, "try again"
@@ -73,7 +83,7 @@ def evaluate(
     losses = []
     for number, x, y in split.eval_batches(windows, rank, world_size):
         with autocast:
-            loss = model(x.to(device), y.to(device))[1]  # a name for the logits, (B, T, V), would keep them alive
+            loss = model(x.to(device), y.to(device))
         if tokens := int((y >= 0).sum()):  # else the batch only keeps this process in step with the others
             losses.append((number, loss, tokens))
     model.train()
@@ -85,6 +95,15 @@ def evaluate(
         dist.all_reduce(sums)  # each row is zero but in one process, so adding loses nothing
     total, tokens = sums.cpu().sum(dim=0).tolist()
     return total / tokens
+
+
+def model_config(cfg: TrainConfig, vocab_size: int) -> GPTConfig:
+    """The GPTConfig that the settings ask for. UserError if there is no such model."""
+    switches = {field.name: getattr(cfg, field.name) for field in fields(GPTConfig) if hasattr(cfg, field.name)}
+    try:
+        return GPTConfig(vocab_size=vocab_size, **switches)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def write_samples(model: GPT, tokenizer: Tokenizer, prompt: Tensor, seed: int) -> list[str]:
@@ -151,7 +170,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         not_restored = NOT_RESTORED if "tokenizer" in saved else NOT_RESTORED | {"dtype"}
         cfg, origin = restore(cfg, origin, saved["config"], but=not_restored)
         if not cfg.eval_only and cfg.optimizer != (before := saved["config"].get("optimizer", "adamw")):
-            raise ValueError(f"optimizer={cfg.optimizer!r}: cannot go on from the state of {before} in the checkpoint")
+            raise UserError(f"optimizer={cfg.optimizer!r}: cannot go on from the state of {before} in the checkpoint")
         of_model = {field.name: field.default for field in fields(GPTConfig)} | saved["model_args"]
         for key, value in of_model.items():
             given = origin.get(key, "default") not in ("default", "checkpoint")
@@ -176,32 +195,33 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         for what, now in (("tokenizer", meta["tokenizer"]), ("data", fingerprint)):
             if saved.get(what, now) != now:
                 trained = f"its {what} is not what the checkpoint in {out_dir} was trained with"
-                raise ValueError(f"{folder}: {trained}; --allow_other_data resumes anyway")
+                raise UserError(f"{folder}: {trained}; --allow_other_data resumes anyway")
     if not saved and cfg.init_from not in ("scratch", "auto") and meta["tokenizer"]["kind"] != "gpt2":
         kind = meta["tokenizer"]["kind"]
-        raise ValueError(f"init_from={cfg.init_from!r} reads GPT-2's tokens; {folder} has those of a {kind} tokenizer")
+        raise UserError(f"init_from={cfg.init_from!r} reads GPT-2's tokens; {folder} has those of a {kind} tokenizer")
 
     # -- model
     torch.manual_seed(cfg.seed)
     if saved:
         source = f"the checkpoint in {out_dir}"
-        model = checkpoint.build_model(saved, out_dir / "ckpt.pt", dropout=cfg.dropout, attention=cfg.attention)
+        model = checkpoint.restore_model(
+            saved, out_dir / "ckpt.pt", GPT, GPTConfig, dropout=cfg.dropout, attention=cfg.attention
+        )
         if cfg.block_size > model.config.block_size:
             log.say(f"block_size={model.config.block_size} as in the checkpoint, not {cfg.block_size}")
             cfg.block_size = model.config.block_size
     elif cfg.init_from in ("scratch", "auto"):
         source = "the data"
-        args = {field.name: getattr(cfg, field.name) for field in fields(GPTConfig) if hasattr(cfg, field.name)}
         # ids past the tokenizer's, which are only padding, are never targets nor sampled
-        model = GPT(GPTConfig(vocab_size=padded_vocab_size(meta["vocab_size"]), **args))
+        model = GPT(model_config(cfg, padded_vocab_size(meta["vocab_size"])))
     else:
         source = cfg.init_from
         model = GPT.from_pretrained(cfg.init_from, dropout=cfg.dropout)
     if cfg.block_size > model.config.block_size:
-        raise ValueError(f"block_size={cfg.block_size}: {source} has at most {model.config.block_size}")
+        raise UserError(f"block_size={cfg.block_size}: {source} has at most {model.config.block_size}")
     if meta["vocab_size"] > model.config.vocab_size:
         most = model.config.vocab_size
-        raise ValueError(f"{folder}: its vocabulary has {meta['vocab_size']} ids, the model of {source} at most {most}")
+        raise UserError(f"{folder}: its vocabulary has {meta['vocab_size']} ids, the model of {source} at most {most}")
     model.crop_block_size(cfg.block_size)
     for key, value in asdict(model.config).items():  # what is recorded is the model that is trained
         if hasattr(cfg, key):
@@ -215,8 +235,9 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
     if cfg.activation_checkpointing:  # of each block keep only its input, and compute the rest again (arXiv:1604.06174)
         for block in model.transformer.h:
             block.forward = partial(recompute, block.forward, use_reentrant=False)
+    loss_model = NextTokenLoss(model)
     if cfg.strategy == "fsdp" and DISTRIBUTED:
-        shard(model, device)
+        shard(loss_model, device)
     tokens_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     log.say(
         f"{model.num_params() / 1e6:.2f}M parameters (position embeddings not counted) on {device} in {dtype}; "
@@ -262,7 +283,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         return measured
 
     if cfg.eval_only:
-        evaluate_all(model)
+        evaluate_all(loss_model)
         return 0
 
     resumed_iter = iter_num
@@ -281,7 +302,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
 
     x, y = batch(iter_num, 0)
     bare = model  # what is saved: no wrapper of torch.compile or DDP around it
-    compiled, model = try_compile(bare, cfg.compile, device, (x, y), autocast, log)
+    compiled, model = try_compile(loss_model, cfg.compile, device, (x, y), autocast, log)
 
     if cfg.sample_interval:
         tokenizer = from_description(meta["tokenizer"])
@@ -294,8 +315,8 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         held = hold(out_dir)
     if cfg.wandb_log:
         wandb_id = log.open_wandb(out_dir, cfg.wandb_project, cfg.wandb_run_name, asdict(cfg), wandb_id)
-    if rank == 0 and not resumed:
-        log.put_aside(out_dir)
+    if rank == 0 and not resumed and (previous := put_aside(out_dir)):
+        log.say(f"{out_dir} has an earlier run: it is now in {previous}")
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     facts = {
         "environment": describe_environment(device_name),
@@ -369,7 +390,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
             measured = evaluate_all(compiled)
             val_loss = measured["val_loss"]
             if not math.isfinite(val_loss):
-                raise ValueError(
+                raise UserError(
                     f"val_loss is {val_loss} at iteration {iter_num}; {out_dir} keeps what was saved before"
                 )
             improved = val_loss < best_val_loss
@@ -384,7 +405,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
         if sampling and not stopping:
             weights = gather_full(bare.state_dict(), main=rank == 0)
             if rank == 0:
-                model_now = GPT.from_weights(bare.config, weights).to(device).eval()
+                model_now = checkpoint.build_model(GPT, bare.config, weights).to(device).eval()
                 measured["samples"] = write_samples(model_now, tokenizer, prompt, cfg.seed)
                 log.samples(iter_num, measured["samples"])
         if last or stopping:
@@ -406,7 +427,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
             final = micro_step == micro_steps - 1
             average_gradients(model, now=final)
             with autocast:
-                loss = model(x, y)[1] / micro_steps  # no name for the logits: the backward pass can free them
+                loss = model(x, y) / micro_steps
             loss_sum += loss.detach()
             scaler.scale(loss).backward()
             x, y = batch(iter_num + final, 0 if final else micro_step + 1)  # while a GPU is still at work
@@ -450,7 +471,7 @@ def main(cfg: TrainConfig, origin: dict[str, str]) -> int:
                     dist.all_gather_object(ranks := [None] * WORLD_SIZE, culprits, group=host_group)
                 log.bad_batch(out_dir, {"iter": bad_iter, "batch_size": cfg.batch_size, "ranks": ranks}, in_all)
                 if in_a_row >= cfg.max_bad_steps:
-                    raise ValueError(
+                    raise UserError(
                         f"{in_a_row} steps in a row without a finite loss and gradient, up to iteration {bad_iter}: "
                         f"see {out_dir / 'bad_batch.json'}; {out_dir} keeps what was saved before"
                     )

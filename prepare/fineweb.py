@@ -1,14 +1,25 @@
 """FineWeb's sample of 10 billion tokens, in GPT-2's byte-pair encoding."""
 
-from openwebtext import Web, prepare
+import sys
+from pathlib import Path
 
-import config
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # kqv, also from a clone that is not installed
+
+from kqv import cli
+from kqv.documents import web_documents
+from kqv.settings import WebText
+from kqv.tokenizer import GPT2Tokenizer
+from kqv.writer import dataset_folder, say_next, write_dataset
 
 
-def main(cfg: Web, origin: dict[str, str]) -> None:
+def main(cfg: WebText, origin: dict[str, str]) -> None:
     """Make the data set fineweb: its sample of 10 billion tokens, 20 GB, downloaded as it goes."""
-    prepare("fineweb", cfg, origin, "HuggingFaceFW/fineweb", "sample-10BT")
+    tokenizer = GPT2Tokenizer()
+    documents, source = web_documents(cfg.input, cfg.limit, "HuggingFaceFW/fineweb", "sample-10BT")
+    folder = dataset_folder("fineweb", cfg.data_dir, origin)
+    write_dataset(folder, documents, tokenizer, f"{source}, by prepare/fineweb.py", cfg.val_fraction)
+    say_next("", folder, origin)
 
 
 if __name__ == "__main__":
-    config.run(main, Web)
+    cli.run(main, WebText)

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from writer import dataset_folder, say_next, write_dataset
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # kqv, also from a clone that is not installed
 
-import config
-from tokenizer import ByteTokenizer, CharTokenizer
+from kqv import cli
+from kqv.cli import UserError
+from kqv.tokenizer import ByteTokenizer, CharTokenizer
+from kqv.writer import dataset_folder, say_next, write_dataset
 
 # what is installed beside the library, and tests, which are half of it and mostly tables
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
@@ -36,7 +38,7 @@ def main(cfg: PythonStdlib, origin: dict[str, str]) -> None:
     if cfg.tokenizer == "char":  # a few accents and symbols would double the vocabulary
         texts = [text for text in texts if text.isascii()]
     if not texts:
-        raise ValueError(f"this Python has no sources in {library}: try prepare/text.py with a text of your own")
+        raise UserError(f"this Python has no sources in {library}: try prepare/text.py with a text of your own")
     tokenizer = (
         CharTokenizer("".join(sorted(set().union(*texts))), end_of_text=True)
         if cfg.tokenizer == "char"
@@ -49,4 +51,4 @@ def main(cfg: PythonStdlib, origin: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    config.run(main, PythonStdlib)
+    cli.run(main, PythonStdlib)

@@ -1,20 +1,25 @@
 """Tiny Shakespeare (1 MB) in GPT-2's byte-pair encoding."""
 
-from shakespeare_char import Shakespeare, read_text
-from writer import dataset_folder, say_next, write_dataset
+import sys
+from pathlib import Path
 
-import config
-from tokenizer import GPT2Tokenizer
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # kqv, also from a clone that is not installed
+
+from kqv import cli
+from kqv.documents import tiny_shakespeare
+from kqv.settings import Shakespeare
+from kqv.tokenizer import GPT2Tokenizer
+from kqv.writer import dataset_folder, say_next, write_dataset
 
 
 def main(cfg: Shakespeare, origin: dict[str, str]) -> None:
     """Make the data set shakespeare: tiny Shakespeare (1 MB) in GPT-2's byte-pair encoding, to finetune GPT-2 on."""
     tokenizer = GPT2Tokenizer()
-    text, source = read_text(cfg.input)
+    text, source = tiny_shakespeare(cfg.input)
     folder = dataset_folder("shakespeare", cfg.data_dir, origin)
     write_dataset(folder, [[text]], tokenizer, f"{source}, by prepare/shakespeare.py")
     say_next("configs/finetune_shakespeare.py", folder, origin)
 
 
 if __name__ == "__main__":
-    config.run(main, Shakespeare)
+    cli.run(main, Shakespeare)

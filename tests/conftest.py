@@ -12,14 +12,14 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "prepare")]
+sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def float32_on_every_cpu():
     """dtype=auto is bfloat16 on some CPUs: not exact enough to compare by."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hardware.cpu_words", set)
+        patch.setattr("kqv.machine.cpu_words", set)
         yield
 
 
@@ -72,9 +72,8 @@ def command(capsys, monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
     """A folder with the data set "tiny": 40,000 characters of made-up sentences, 28 different ones."""
-    from writer import write_dataset
-
-    from tokenizer import CharTokenizer
+    from kqv.tokenizer import CharTokenizer
+    from kqv.writer import write_dataset
 
     words = ["attention", "queries", "keys", "values", "the", "a", "of", "token", "looks", "back", "at", "what", "was"]
     draw, sentences = random.Random(0), []

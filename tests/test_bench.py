@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 import bench
-import config
-import measure
+from kqv import cli, measure
 from model import GPT, GPTConfig
 from tests.conftest import ROOT
 
@@ -57,7 +56,7 @@ def stand_ins(tmp_path, monkeypatch):
 
     def run(*arguments: str):
         path = tmp_path / "result.json"
-        bench.main(config.parse(bench.Bench, [*arguments, f"--json={path}"])[0], {})
+        bench.main(cli.parse(bench.Bench, [*arguments, f"--json={path}"])[0], {})
         return json.loads(path.read_text(encoding="utf-8"))
 
     run.peer = sides["peer"]
@@ -127,7 +126,7 @@ def test_train_without_a_peer_and_for_gpt2(stand_ins):
 )
 def test_a_failing_child_is_one_line(stand_ins, capsys, source, message):
     (stand_ins.peer / "train.py").write_text(source, encoding="utf-8")
-    with pytest.raises(SystemExit) as stop, config.one_line_errors():
+    with pytest.raises(SystemExit) as stop, cli.one_line_errors():
         stand_ins("train", f"--peer={stand_ins.peer}", "--steps=3", "--repeats=1")
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")

@@ -10,9 +10,10 @@ import sys
 import pytest
 import torch
 
-import checkpoint
+from kqv import checkpoint
+from kqv.cli import UserError
+from kqv.optim import adamw, load_state
 from model import GPT, GPTConfig
-from optim import adamw, load_state
 from tests.conftest import ROOT
 
 SIZES = {"block_size": 16, "vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd": 16, "bias": False, "dropout": 0.0}
@@ -50,7 +51,7 @@ def test_nanogpts_checkpoints_load(tmp_path, compiled):
     torch.save(saved, tmp_path / "ckpt.pt")
     loaded = checkpoint.load(tmp_path / "ckpt.pt")
     assert (loaded["iter_num"], loaded["best_val_loss"]) == (3, 4.5) and type(loaded["best_val_loss"]) is float
-    rebuilt = checkpoint.build_model(loaded, tmp_path / "ckpt.pt").eval()
+    rebuilt = checkpoint.restore_model(loaded, tmp_path / "ckpt.pt", GPT, GPTConfig).eval()
     idx = torch.randint(61, (2, 16))
     assert torch.equal(rebuilt(idx, idx)[0], model.eval()(idx, idx)[0])
     assert rebuilt.lm_head.weight is rebuilt.transformer.wte.weight
@@ -60,7 +61,7 @@ def test_nanogpts_optimizer_goes_on_as_if_it_were_still_nanogpts(tmp_path):
     saved, theirs, their_optimizer = nanogpt_checkpoint()
     torch.save(saved, tmp_path / "ckpt.pt")
     loaded = checkpoint.load(tmp_path / "ckpt.pt")
-    ours = checkpoint.build_model(loaded, tmp_path / "ckpt.pt")
+    ours = checkpoint.restore_model(loaded, tmp_path / "ckpt.pt", GPT, GPTConfig)
     optimizer = adamw(ours.parameters(), learning_rate=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
     load_state(optimizer, loaded["optimizer"])
     idx = torch.randint(61, (2, 16))
@@ -79,7 +80,7 @@ def test_the_settings_asked_for_win_over_the_saved_ones(tmp_path):
     assert [group["betas"] for group in optimizer.param_groups] == [(0.8, 0.9)] * 2
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
     assert all(optimizer.state[parameter]["step"] == 3 for parameter in model.parameters())
-    with pytest.raises(ValueError, match="damaged, or not this run's"):
+    with pytest.raises(UserError, match="damaged, or not this run's"):
         load_state(
             adamw(GPT(GPTConfig(**SIZES | {"n_layer": 3})).parameters(), 1e-3, (0.9, 0.9), 0.1), saved["optimizer"]
         )
@@ -100,7 +101,7 @@ def test_the_settings_asked_for_win_over_the_saved_ones(tmp_path):
 def test_damaged_optimizer_states_are_refused(damage):
     saved = nanogpt_checkpoint()[0]["optimizer"]
     damage(saved)
-    with pytest.raises(ValueError, match="damaged, or not this run's"):
+    with pytest.raises(UserError, match="damaged, or not this run's"):
         load_state(adamw(GPT(GPTConfig(**SIZES)).parameters(), 1e-3, (0.9, 0.9), 0.1), saved)
 
 
@@ -132,7 +133,7 @@ def test_loading_runs_no_code(tmp_path, legacy):
         (tmp_path / "ckpt.pt").write_bytes(pickle.dumps(saved["config"], protocol=2))
     else:
         torch.save(saved, tmp_path / "ckpt.pt")
-    with pytest.raises(ValueError, match=r"not a checkpoint" if legacy else r"was not loaded: it would run code"):
+    with pytest.raises(UserError, match=r"not a checkpoint" if legacy else r"was not loaded: it would run code"):
         checkpoint.load(tmp_path / "ckpt.pt")
     assert not (tmp_path / "harm").exists()
     with (tmp_path / "ckpt.pt").open("rb") as file:  # the file is a live round
@@ -181,8 +182,8 @@ def with_changes(**changes) -> bytes:
 def test_damaged_files_are_one_line(tmp_path, content, mmap):
     path = tmp_path / "ckpt.pt"
     path.write_bytes(content())
-    with pytest.raises(ValueError) as caught:
-        checkpoint.build_model(checkpoint.load(path, mmap=mmap), path)
+    with pytest.raises(UserError) as caught:
+        checkpoint.restore_model(checkpoint.load(path, mmap=mmap), path, GPT, GPTConfig)
     assert "ckpt.pt" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -211,7 +212,7 @@ def test_without_hard_links_best_is_a_copy(tmp_path, monkeypatch):
 def test_a_file_that_cannot_grow_keeps_the_checkpoint_there_was(tmp_path):
     """For real: the system refuses to write more than 100 kB, in the middle of torch.save."""
     program = (
-        "import resource, signal, sys, torch, checkpoint; from pathlib import Path\n"
+        "import resource, signal, sys, torch; from kqv import checkpoint; from pathlib import Path\n"
         "out, big = Path(sys.argv[1]), {'model': torch.zeros(10**6), 'iter_num': 2}\n"
         "checkpoint.save({'iter_num': 1}, out, best=True)\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"

@@ -24,8 +24,10 @@ import pytest
 import torch
 import transformers
 
-import checkpoint
-from data import Split, read_meta
+from kqv import checkpoint
+from kqv.cli import UserError
+from kqv.data import Split, read_meta
+from model import GPT, GPTConfig
 from tests.conftest import ROOT, TINY
 
 # on the terminal a warning would be more than the one line
@@ -184,7 +186,7 @@ def test_damaged_bytes_are_noticed_or_make_no_difference(good, out, case):
         assert same(found, good.newest)
     try:
         mapped = checkpoint.load(path, mmap=True)
-    except ValueError as error:
+    except UserError as error:
         assert said and str(path) in str(error) and "\n" not in str(error)
     else:
         assert not said and same(mapped, found)
@@ -416,7 +418,7 @@ def test_without_a_tokenizer_the_data_set_must_be_named(good, out, command, data
 def test_weights_saved_in_16_bits_are_widened(good, tmp_path):
     halves = {name: tensor.bfloat16() for name, tensor in good.newest["model"].items()}
     torch.save(good.newest | {"model": halves}, tmp_path / "ckpt.pt")
-    model = checkpoint.build_model(checkpoint.load(tmp_path / "ckpt.pt"), tmp_path / "ckpt.pt")
+    model = checkpoint.restore_model(checkpoint.load(tmp_path / "ckpt.pt"), tmp_path / "ckpt.pt", GPT, GPTConfig)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.equal(model.transformer.wte.weight, halves[WTE].float())
 
@@ -567,7 +569,7 @@ def damage_bin(path: Path, kind: str, number: int) -> None:
 @pytest.mark.parametrize("kind, number", BINS)
 def test_damaged_token_files_are_refused(folder, name, kind, number):
     damage_bin(folder / f"{name}.bin", kind, number)
-    with pytest.raises(ValueError, match=rf"{name}\.bin (is damaged|has)") as caught:
+    with pytest.raises(UserError, match=rf"{name}\.bin (is damaged|has)") as caught:
         open_both(folder)
     assert "\n" not in str(caught.value)
 
@@ -596,7 +598,7 @@ def test_token_files_without_a_meta_json(folder):
     expected, data = open_both(folder)[0], (folder / "train.bin").read_bytes()
     for wrong in (b"", data[:2], data[:-1], data + b"\0", data + b"\x28\0", data[1:], b"\xff" + data[1:]):
         (folder / "train.bin").write_bytes(wrong)
-        with pytest.raises(ValueError, match=r"train\.bin (is damaged|has)"):
+        with pytest.raises(UserError, match=r"train\.bin (is damaged|has)"):
             open_both(folder)
     (folder / "train.bin").write_bytes(data)
     assert (open_both(folder)[0] == expected).all()
@@ -641,7 +643,7 @@ def test_descriptions_of_a_data_set_that_cannot_be(folder, case):
     path = folder / "meta.json"
     meta = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(edited(meta)[case]), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"meta\.json|(train|val)\.bin is damaged") as caught:
+    with pytest.raises(UserError, match=r"meta\.json|(train|val)\.bin is damaged") as caught:
         open_both(folder)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
@@ -670,7 +672,7 @@ def test_a_damaged_meta_json_is_refused_or_says_the_same(folder, number):
     path.write_bytes(data)
     try:
         found = open_both(folder)
-    except ValueError as error:
+    except UserError as error:
         assert "\n" not in str(error) and str(folder) in str(error)
     else:  # in "source", say
         assert all((a == b).all() for a, b in zip(found, expected, strict=True))
@@ -712,7 +714,7 @@ def test_a_damaged_meta_pkl_is_refused_or_has_other_letters(folder, number):
     (folder / "meta.pkl").write_bytes(data)
     try:
         found = read_meta(folder)
-    except ValueError as error:
+    except UserError as error:
         assert "meta.pkl" in str(error) and "\n" not in str(error)
     else:
         assert number >= 10 and found["vocab_size"] == 28 and len(set(found["tokenizer"]["chars"])) == 28
@@ -740,7 +742,7 @@ def test_shards_with_wrong_headers(tmp_path, name, header):
     (tmp_path / name).write_bytes(shard(tokens, [20240520, 1, 3000]))
     assert all((found == tokens).all() for found in open_both(tmp_path))
     (tmp_path / name).write_bytes(shard(tokens, header))
-    with pytest.raises(ValueError, match=rf"{name} is damaged") as caught:
+    with pytest.raises(UserError, match=rf"{name} is damaged") as caught:
         open_both(tmp_path)
     assert "\n" not in str(caught.value)
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import Split, find_dataset, read_meta
+from kqv.cli import UserError
+from kqv.data import Split, find_dataset, read_meta
 
 META = {"tokenizer": {"kind": "byte"}, "vocab_size": 70_000, "dtype": "uint16", "splits": {}}
 
@@ -119,7 +120,7 @@ def test_llm_c_shards_are_read_in_order_and_windows_do_not_cross_them(tmp_path):
 @pytest.mark.parametrize("wrong", [{"stated": 101}, {"version": 2}])
 def test_damaged_shards(tmp_path, wrong):
     write_shard(tmp_path / "train.bin", range(100), **wrong)
-    with pytest.raises(ValueError, match=r"train.bin is damaged"):
+    with pytest.raises(UserError, match=r"train.bin is damaged"):
         Split(tmp_path, "train", 10, META)
 
 
@@ -219,5 +220,5 @@ def test_too_little_text_says_what_would_fit(train, tmp_path):
     [("shakespeare_char", "python prepare/shakespeare_char.py"), ("mine", "python prepare/text.py --name=mine")],
 )
 def test_a_missing_data_set_says_how_to_make_it(tmp_path, dataset, hint):
-    with pytest.raises(ValueError, match=f"dataset='{dataset}'.*{hint}"):
+    with pytest.raises(UserError, match=f"dataset='{dataset}'.*{hint}"):
         find_dataset(str(tmp_path), dataset)

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-from model import GPT, LARGE_VOCAB, GPTConfig
-from optim import orthogonalize
+from kqv import checkpoint
+from kqv.loss import LARGE_VOCAB, NextTokenLoss
+from kqv.optim import orthogonalize
+from model import GPT, GPTConfig
 from tests.conftest import TINY
-from tests.test_parallel import torchrun
+from tests.test_distributed import torchrun
 from tests.test_train import column, with_nan_from
 
 pytestmark = pytest.mark.gpu
@@ -80,16 +81,17 @@ def test_the_loss_in_chunks_is_the_cpus(monkeypatch, dtype, compiled, tolerance)
     model = GPT(GPTConfig(vocab_size=LARGE_VOCAB, block_size=300, n_layer=2, n_head=2, n_embd=32))
     x, y = torch.randint(50, (4, 300)), torch.randint(LARGE_VOCAB, (4, 300))
     with monkeypatch.context() as plain:
-        plain.setattr("model.LARGE_VOCAB", math.inf)
-        expected = model(x, y)[1]
+        plain.setattr("kqv.loss.LARGE_VOCAB", math.inf)
+        expected = NextTokenLoss(model)(x, y)
         expected.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     here = GPT(model.config)
     here.load_state_dict(model.state_dict())
     here.to(DEVICE)
-    forward = torch.compile(here, dynamic=False, fullgraph=True) if compiled else here
+    forward = NextTokenLoss(here)
+    forward = torch.compile(forward, dynamic=False, fullgraph=True) if compiled else forward
     with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
-        loss = forward(x.to(DEVICE), y.to(DEVICE))[1]
+        loss = forward(x.to(DEVICE), y.to(DEVICE))
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
     for name, parameter in here.named_parameters():

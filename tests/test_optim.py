@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
+from kqv.optim import POLAR_EXPRESS, SAFETY, Muon, adamw, learning_rate_at, orthogonalize, split_for_muon
 from model import GPT, GPTConfig
-from optim import POLAR_EXPRESS, SAFETY, Muon, adamw, learning_rate_at, orthogonalize, split_for_muon
 
 
 def test_cosine_is_pytorchs():
@@ -65,8 +65,8 @@ JORDAN = (3.4445, -4.775, 2.0315)  # the coefficients of torch.optim.Muon, for e
 
 
 def test_muon_with_pytorchs_coefficients_is_pytorchs_but_for_rounding(monkeypatch):
-    monkeypatch.setattr("optim.POLAR_EXPRESS", 5 * (JORDAN,))
-    monkeypatch.setattr("optim.SAFETY", 1)
+    monkeypatch.setattr("kqv.optim.POLAR_EXPRESS", 5 * (JORDAN,))
+    monkeypatch.setattr("kqv.optim.SAFETY", 1)
     first, gradients = matrices_and_gradients(steps=5)
     ours, theirs = ([matrix.clone().requires_grad_() for matrix in first] for _ in range(2))
     optimizers = (

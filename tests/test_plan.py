@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-import data
-import plan as room
-from config import TrainConfig, parse
-from hardware import GPUS
-from model import GPT, LARGE_VOCAB, GPTConfig
-from plan import parameters, plan
+from kqv import data
+from kqv import plan as room
+from kqv.cli import UserError, parse
+from kqv.loss import LARGE_VOCAB
+from kqv.machine import GPUS
+from kqv.plan import parameters, plan
+from kqv.settings import TrainConfig
+from model import GPT, GPTConfig
 from tests.conftest import ROOT, TINY
 
 GPT2 = {"vocab_size": 50257, "block_size": 1024, "bias": True}
@@ -109,7 +111,7 @@ def test_pretrained_models_are_planned_from_their_names_or_folders(tmp_path):
     planned = room.model_config(settings(f"--init_from={tmp_path}"), 65)
     assert (planned.n_layer, planned.n_embd, planned.n_inner, planned.mlp) == (2, 8, 20, "gelu_tanh")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="not that of a GPT-2"):
+    with pytest.raises(UserError, match="not that of a GPT-2"):
         room.model_config(settings(f"--init_from={tmp_path}"), 65)
 
 
@@ -125,7 +127,7 @@ def test_pretrained_models_are_planned_from_their_names_or_folders(tmp_path):
     ],
 )
 def test_what_train_refuses_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         plan(settings(*arguments, "--dataset=nothing"), world_size=2)
 
 
@@ -184,7 +186,8 @@ def test_activations_are_what_autograd_keeps_on_a_gpu(switches, dtype):
 
 MEASURE = """
 import os, sys
-from config import TrainConfig, parse
+from kqv.cli import parse
+from kqv.settings import TrainConfig
 import train
 
 def resident(key):
@@ -305,13 +308,13 @@ def lines(text: str) -> dict[str, str]:
 
 
 def test_a_context_that_gpt2_does_not_have_is_refused_as_in_training():
-    with pytest.raises(ValueError, match="block_size=2048: gpt2-xl has at most 1024"):
+    with pytest.raises(UserError, match="block_size=2048: gpt2-xl has at most 1024"):
         plan(settings("--init_from=gpt2-xl", "--block_size=2048", "--dataset=nothing"), 1, "h100")
 
 
 @pytest.mark.parametrize("arguments, device", [(["--dtype=float16"], "h100"), ([], "t4")])
 def test_fsdp_in_float16_is_refused_as_in_training(arguments, device):
-    with pytest.raises(ValueError, match="strategy=fsdp: trains in bfloat16 or float32"):
+    with pytest.raises(UserError, match="strategy=fsdp: trains in bfloat16 or float32"):
         plan(settings("--strategy=fsdp", "--dataset=nothing", *arguments), 2, device)
 
 
@@ -350,10 +353,10 @@ def test_devices_are_named_in_any_case_and_each_has_its_memory():
         assert room.find_device(name, "cpu") == (name, gigabytes * 1e9)
     for spoken, name in {"h100": "H100", "4090": "RTX 4090", "rtx-3080": "RTX 3080", "H100-pcie": "H100 PCIe"}.items():
         assert room.find_device(spoken, "auto")[0] == name
-    with pytest.raises(ValueError, match=r"plan_device='h10': expected b200 \| h200 \| .* \| 3080"):
+    with pytest.raises(UserError, match=r"plan_device='h10': expected b200 \| h200 \| .* \| 3080"):
         plan(settings("--dataset=nothing"), 1, "h10")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="device='cuda:1': there is none here"):
+        with pytest.raises(UserError, match="device='cuda:1': there is none here"):
             plan(settings("--dataset=nothing", "--device=cuda:1"), 1, None)
     for device, dtype in (("t4", "float16"), ("a100", "bfloat16")):
         assert f" in {dtype};" in plan(settings("--dataset=nothing"), 1, device)
@@ -403,8 +406,9 @@ def test_the_shipped_configs_are_planned_and_nothing_is_written(tmp_path, monkey
 def test_gpt2_xl_is_planned_at_once_without_torch(tmp_path):
     program = """
 import sys
-from config import TrainConfig, parse
-from plan import plan
+from kqv.cli import parse
+from kqv.settings import TrainConfig
+from kqv.plan import plan
 print(plan(parse(TrainConfig, sys.argv[1:])[0], 8, "h100"))
 assert "torch" not in sys.modules
 """

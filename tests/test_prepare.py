@@ -16,15 +16,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-import overlap
 import pytest
-import shakespeare_char
-import writer
 from hypothesis import given
 from hypothesis import strategies as st
-from writer import write_dataset
 
-from tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_description
+from kqv import documents, overlap, writer
+from kqv.cli import UserError
+from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_description
+from kqv.writer import write_dataset
 
 ROOT = Path(writer.__file__).resolve().parent.parent
 SCRIPTS = ["text", "python_stdlib", "shakespeare_char", "shakespeare", "openwebtext", "fineweb"]
@@ -454,15 +453,15 @@ def test_what_is_downloaded_is_checked_before_it_is_used(monkeypatch, status, bo
     right = b"To be or not"
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(shakespeare_char, "URL", f"http://127.0.0.1:{server.server_port}/input.txt")
-        monkeypatch.setattr(shakespeare_char, "SHA256", hashlib.sha256(right).hexdigest())
+        monkeypatch.setattr(documents, "SHAKESPEARE_URL", f"http://127.0.0.1:{server.server_port}/input.txt")
+        monkeypatch.setattr(documents, "SHAKESPEARE_SHA256", hashlib.sha256(right).hexdigest())
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         try:
             if body == right:
-                assert shakespeare_char.read_text(None)[0] == right.decode()
+                assert documents.tiny_shakespeare(None)[0] == right.decode()
             else:
-                with pytest.raises((OSError, ValueError), match="--input=FILE"):
-                    shakespeare_char.read_text(None)
+                with pytest.raises((OSError, UserError), match="--input=FILE"):
+                    documents.tiny_shakespeare(None)
         finally:
             server.shutdown()
 

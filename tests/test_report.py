@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import record
 import report
+from kqv import checkpoint, machine, rundir
+from kqv import log as log_room
 from tests.conftest import ROOT
 
 
@@ -287,7 +287,7 @@ def test_a_line_that_is_no_record_is_found(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(
         f'{{"iter": 0, "tokens": 0, "elapsed_seconds": 0}}\n{line}\n', encoding="utf-8"
     )
-    records, damaged = record.read_metrics(tmp_path / "metrics.jsonl")
+    records, damaged = rundir.read_metrics(tmp_path / "metrics.jsonl")
     assert [r["iter"] for r in records] == [0] and damaged == [2]
 
 
@@ -317,7 +317,7 @@ def test_a_run_goes_on_without_its_picture(monkeypatch, tmp_path):
 
 
 def test_the_environment_is_plain_json_and_right(runs):
-    found = record.describe_environment("cpu")
+    found = machine.describe_environment("cpu")
     recorded = json.loads((runs[0] / "config.json").read_text(encoding="utf-8"))["environment"]
     assert recorded.keys() == found.keys() and recorded["torch"] == torch.__version__ and recorded["device"] == "cpu"
     assert json.loads(json.dumps(found)) == found
@@ -341,10 +341,10 @@ def test_commit_and_dirty_flag(monkeypatch, tmp_path):
     project = tmp_path / "project"
     project.mkdir()
     (project / "model.py").write_text("1", encoding="utf-8")
-    monkeypatch.setattr(record, "ROOT", project)
+    monkeypatch.setattr(machine, "ROOT", project)
 
     def found():
-        environment = record.describe_environment("cpu")
+        environment = machine.describe_environment("cpu")
         return environment["commit"], environment["dirty"]
 
     assert found() == (None, None)  # it only lies in somebody's repository
@@ -361,7 +361,7 @@ def test_commit_and_dirty_flag(monkeypatch, tmp_path):
 
 def test_a_resumed_run_keeps_its_earlier_environments(tmp_path, capsys):
     def start(iter_num: int, commit: str) -> dict:
-        log = record.Log(main=True)
+        log = log_room.Log(main=True)
         log.open(tmp_path, {"seed": 1}, {"seed": "flag"}, iter_num, 9, {"environment": {"commit": commit}})
         log.record({"iter": iter_num, "tokens": 0, "elapsed_seconds": 0.0})
         log.close()

@@ -11,22 +11,21 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-import checkpoint
+from kqv import checkpoint, cli, settings
+from kqv.tokenizer import ByteTokenizer
 from sample import SEPARATOR, Text
 from tests.conftest import TINY, command  # noqa: F401
 from tests.test_checkpoint import nanogpt_checkpoint
-from tokenizer import ByteTokenizer
 
 
 @pytest.fixture(scope="module")
 def out_dir(tmp_path_factory, data_dir):
     """A model trained for a moment on "tiny"."""
-    import config
     import train
 
     folder = tmp_path_factory.mktemp("trained") / "out"
     arguments = [*TINY, f"--data_dir={data_dir}", f"--out_dir={folder}", "--max_iters=60", "--block_size=32"]
-    train.main(*config.parse(config.TrainConfig, arguments))
+    train.main(*cli.parse(settings.TrainConfig, arguments))
     return folder
 
 

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, encode_prompt, from_description, read_meta_pkl
+from kqv.cli import UserError
+from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, encode_prompt, from_description, read_meta_pkl
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 # what makes pieces of BPE go wrong: runs of spaces and line breaks, contractions, digits, marks, controls, specials
@@ -68,22 +69,22 @@ def test_half_a_character_is_shown_as_a_replacement(gpt2):
 
 
 def test_what_cannot_be_encoded_is_named(gpt2):
-    with pytest.raises(ValueError, match=r"2 of the text's characters .*: '\?', 'é'$"):
+    with pytest.raises(UserError, match=r"2 of the text's characters .*: '\?', 'é'$"):
         CharTokenizer("abc").encode("a?bécé?")
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         CharTokenizer("abc").encode("".join(map(chr, range(0x400, 0x500))))
     assert len(str(error.value)) < 200 and "256 of the text" in str(error.value)
-    with pytest.raises(ValueError, match="ud83d"):
+    with pytest.raises(UserError, match="ud83d"):
         CharTokenizer("abc").encode("a\ud83d")
     for tokenizer in (ByteTokenizer(), gpt2):
-        with pytest.raises(ValueError, match=r"character 1 of the text is U\+D83D"):
+        with pytest.raises(UserError, match=r"character 1 of the text is U\+D83D"):
             tokenizer.encode("a\ud83d")
 
 
 def test_ids_that_do_not_exist_are_named(gpt2):
     for tokenizer in (CharTokenizer("ab"), ByteTokenizer(), gpt2):
         for index in (-1, tokenizer.vocab_size, 10**12):
-            with pytest.raises(ValueError, match=f"token id {index} "):
+            with pytest.raises(UserError, match=f"token id {index} "):
                 tokenizer.decode([0, index])
 
 
@@ -99,7 +100,7 @@ def test_ids_that_do_not_exist_are_named(gpt2):
     ],
 )
 def test_only_descriptions_are_descriptions(description):
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         from_description(description)
 
 
@@ -139,7 +140,7 @@ class Hostile:
 def test_meta_pkl_never_runs_code(tmp_path, protocol):
     path, trace = tmp_path / "meta.pkl", tmp_path / "trace"
     path.write_bytes(pickle.dumps(meta("ab") | {"more": Hostile(trace)}, protocol))
-    with pytest.raises(ValueError, match=r"meta.pkl: not a meta.pkl of nanoGPT's: \w+ is more than"):
+    with pytest.raises(UserError, match=r"meta.pkl: not a meta.pkl of nanoGPT's: \w+ is more than"):
         read_meta_pkl(path)
     assert not trace.exists()
     pickle.loads(path.read_bytes())["more"].close()
@@ -164,7 +165,7 @@ def test_meta_pkl_never_runs_code(tmp_path, protocol):
 def test_bad_meta_pkl_is_one_line(tmp_path, content):
     path = tmp_path / "meta.pkl"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"meta\.pkl: ") as error:
+    with pytest.raises(UserError, match=r"meta\.pkl: ") as error:
         read_meta_pkl(path)
     assert len(str(error.value)) < 300
 
@@ -178,6 +179,6 @@ def test_damaged_meta_pkl_is_a_value_error(tmp_path_factory, data):
     path.write_bytes(content)
     try:
         description = read_meta_pkl(path)
-    except ValueError:
+    except UserError:
         return
     assert len(description["chars"]) == 6

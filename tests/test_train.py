@@ -27,14 +27,16 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-import checkpoint
-from data import Split, read_meta
-from hardware import peak_flops
+from kqv import checkpoint, distributed
+from kqv.cli import UserError
+from kqv.data import Split, read_meta
+from kqv.log import Log
+from kqv.machine import peak_flops
+from kqv.rundir import hold
+from kqv.tokenizer import from_description
 from model import GPT, GPTConfig
-from record import Log, hold
 from tests.conftest import ROOT, TINY
 from tests.test_checkpoint import nanogpt_checkpoint
-from tokenizer import from_description
 
 
 def metrics(out_dir: Path) -> list[dict]:
@@ -167,7 +169,7 @@ def test_validation_loss_is_identical_whatever_the_batch_size(train, tmp_path):
 def test_validation_loss_over_the_whole_split_is_the_mean_over_its_tokens(train, tmp_path, data_dir):
     train("--max_iters=5", "--eval_iters=0")
     path = tmp_path / "out" / "ckpt.pt"
-    model = checkpoint.build_model(checkpoint.load(path), path).eval()
+    model = checkpoint.restore_model(checkpoint.load(path), path, GPT, GPTConfig).eval()
     tokens = torch.from_numpy(np.fromfile(data_dir / "tiny" / "val.bin", dtype="<u2").astype(np.int64))
     nats = 0.0
     for start in range(0, len(tokens) - 1, 16):  # each target once, and at most 16 tokens of context
@@ -346,7 +348,10 @@ def test_samples_while_training_are_the_sampling_functions_and_change_nothing(tr
     samples = column(tmp_path / "samples", "samples")
     assert list(samples) == [0, 3, 6]
     saved = checkpoint.load(tmp_path / "samples" / "ckpt.pt")
-    model, tokenizer = checkpoint.build_model(saved, tmp_path).eval(), from_description(saved["tokenizer"])
+    model, tokenizer = (
+        checkpoint.restore_model(saved, tmp_path, GPT, GPTConfig).eval(),
+        from_description(saved["tokenizer"]),
+    )
     for number, text in enumerate(samples[6]):
         prompt = Split(data_dir / "tiny", "val", 16, read_meta(data_dir / "tiny")).batch(1337, 0, 1)[0]
         generators = [torch.Generator().manual_seed(1337 + number)]
@@ -691,8 +696,7 @@ def test_fifty_kills_change_nothing(train, tmp_path, data_dir):
 
 
 def test_compile_auto_falls_back_with_a_line_and_true_is_an_error(monkeypatch, capsys):
-    import parallel
-    from record import Log
+    from kqv.log import Log
 
     def broken(model, **_):
         raise RuntimeError("no working C++ compiler\nis installed")
@@ -701,14 +705,14 @@ def test_compile_auto_falls_back_with_a_line_and_true_is_an_error(monkeypatch, c
     model = GPT(GPTConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1, n_embd=4))
     batch, autocast = (torch.zeros(1, 4, dtype=torch.long),) * 2, torch.autocast("cpu", enabled=False)
     log = Log(main=True)
-    kept = parallel.try_compile(model, "auto", torch.device("cuda"), batch, autocast, log)
+    kept = distributed.try_compile(model, "auto", torch.device("cuda"), batch, autocast, log)
     assert kept == (model, model)
     assert "going on without torch.compile, which does not work here: no working C++ compiler is installed" in (
         capsys.readouterr().out
     )
-    with pytest.raises(ValueError, match=r"compile=True: torch\.compile does not work here: no working C"):
-        parallel.try_compile(model, True, torch.device("cpu"), batch, autocast, log)
-    assert parallel.try_compile(model, "auto", torch.device("cpu"), batch, autocast, log) == (model, model)
+    with pytest.raises(UserError, match=r"compile=True: torch\.compile does not work here: no working C"):
+        distributed.try_compile(model, True, torch.device("cpu"), batch, autocast, log)
+    assert distributed.try_compile(model, "auto", torch.device("cpu"), batch, autocast, log) == (model, model)
 
 
 @pytest.mark.slow

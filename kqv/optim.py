@@ -6,7 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from parallel import distribute_like
+from kqv.cli import UserError
+from kqv.distributed import distribute_like
 
 
 def adamw(
@@ -116,7 +117,7 @@ def load_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
                         raise ValueError(f"{key} of shape {tuple(value.shape)} for weights of {tuple(parameter.shape)}")
                     state[index][key] = distribute_like(value, like=parameter)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise ValueError(f"the checkpoint's optimizer state is damaged, or not this run's: {error}") from None
+        raise UserError(f"the checkpoint's optimizer state is damaged, or not this run's: {error}") from None
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from model import GPT, GPTConfig
-from record import snapshots
+from kqv.cli import UserError
+from kqv.rundir import snapshots
 
 # what unpickling bytes that are not a checkpoint can raise
 DAMAGE = (RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError, AssertionError, struct.error)
@@ -68,34 +70,34 @@ def find(out_dir: Path) -> list[Path]:
 
 
 def load_newest(out_dir: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """The newest checkpoint that is whole, and a line for each newer one that is not. ValueError: there is none."""
+    """The newest checkpoint that is whole, and a line for each newer one that is not. UserError: there is none."""
     for path in (found := find(out_dir)):
         try:
             return load(path)
-        except ValueError as error:
+        except UserError as error:
             if path == found[-1]:
                 raise
             say(f"{error}; trying the one before it")
-    raise ValueError(f"no checkpoint {out_dir / 'ckpt.pt'}")
+    raise UserError(f"no checkpoint {out_dir / 'ckpt.pt'}")
 
 
 def load(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; ValueError in one line where it is none, is damaged, or would run code.
+    """Read a checkpoint onto the CPU; UserError in one line where it is none, is damaged, or would run code.
 
     Keys: "model" (weights of the bare model), "model_args", "config", "iter_num", "best_val_loss", and where the file
     has them "optimizer", "scaler", "tokenizer", ... With mmap, weights are read from the file when they are used.
     """
     if not path.is_file():
-        raise ValueError(f"no checkpoint {path}")
+        raise UserError(f"no checkpoint {path}")
     try:  # what torch.save writes is a zip archive, and so has a checksum of each part
         with zipfile.ZipFile(path) as archive:
             # PyTorch packs nothing; its reader leaves memory as it was where a part is marked as a folder (DOS bit 4)
             odd = (part.filename for part in archive.infolist() if part.compress_type or part.external_attr & 0x10)
             damaged = next(odd, None) or archive.testzip()
     except (zipfile.BadZipFile, NotImplementedError, OSError, *DAMAGE):
-        raise ValueError(f"{path} is not a checkpoint, or is cut short") from None
+        raise UserError(f"{path} is not a checkpoint, or is cut short") from None
     if damaged:
-        raise ValueError(f"{path} is damaged: the checksum of its part {damaged} is wrong, or it is packed")
+        raise UserError(f"{path} is damaged: the checksum of its part {damaged} is wrong, or it is packed")
     try:
         with warnings.catch_warnings():  # of pickle versions that torch does not write
             warnings.simplefilter("ignore")
@@ -131,10 +133,10 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL:? (\S+)", str(error), re.IGNORECASE)
         reason = f"it would run code ({named[1]})" if named else "not a checkpoint, or cut short"
-        raise ValueError(f"{path} was not loaded: {reason}") from None
+        raise UserError(f"{path} was not loaded: {reason}") from None
     except DAMAGE as error:
         detail = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__}: {detail})") from None
+        raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}: {detail})") from None
     return checkpoint | plain | {"model": model}
 
 
@@ -182,17 +184,38 @@ def check_tensors(tensors: dict[str, Any]) -> None:
             raise ValueError(f"{name} holds numbers that are not all finite: the run had diverged")
 
 
-def build_model(checkpoint: dict[str, Any], path: Path, **overrides: Any) -> GPT:
-    """The checkpoint's model, on the CPU, with `overrides` of its GPTConfig that leave the weights alone (dropout)."""
+def restore_model(saved: dict[str, Any], path: Path, model_class: type, config_class: type, **overrides: Any) -> Any:
+    """The checkpoint's model, on the CPU, with `overrides` of its config that leave the weights alone (dropout)."""
     try:
-        args, kinds = checkpoint["model_args"], get_type_hints(GPTConfig)
+        args, kinds = saved["model_args"], get_type_hints(config_class)
         for key, value in args.items():
             if not isinstance(value, kinds[key] | int) or value != value:  # an int is a float too, but nan is none
                 raise TypeError(f"{key}={value!r}")
-        weights = {name: tensor.float() for name, tensor in checkpoint["model"].items()}  # if saved as 16 bits
+        weights = {name: tensor.float() for name, tensor in saved["model"].items()}  # if saved as 16 bits
         if args.get("n_layer", 0) > len(weights):  # so many empty layers would take for ever to make
             raise ValueError(f"n_layer={args['n_layer']} and {len(weights)} weights")
-        return GPT.from_weights(GPTConfig(**args | overrides), weights)
+        return build_model(model_class, config_class(**args | overrides), weights)
     except DAMAGE as error:
         detail = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is damaged: its weights are not those of its model_args ({detail})") from None
+        raise UserError(f"{path} is damaged: its weights are not those of its model_args ({detail})") from None
+
+
+def build_model(model_class: type, config: Any, weights: dict[str, Tensor]) -> Any:
+    """A model that takes `weights` (name -> tensor) as its own, without initialising or copying."""
+    with torch.device("meta"), SkipInit():
+        model = model_class(config)
+    if config.tie_embeddings:
+        weights = weights | {"lm_head.weight": weights["transformer.wte.weight"]}
+    model.load_state_dict(weights, assign=True)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.transformer.wte.weight
+    return model
+
+
+class SkipInit(TorchFunctionMode):
+    """Leave weights as they are: those of "meta" hold nothing, and initialising them would import torch._dynamo."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return function(*args, **kwargs or {})

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from kqv.quantized import Int8Linear, PackedLinear, pack
 from model import GPT, GPTConfig
-from packed import Int8Linear, PackedLinear, pack
 
 
 def logits(dtype: torch.dtype, quantize: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +38,7 @@ def test_packed_products_are_the_plain_ones(dtype, tolerance):
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 @pytest.mark.parametrize("vendor, kind", [("AuthenticAMD", PackedLinear), ("GenuineIntel", torch.nn.Linear)])
 def test_a_single_sample_in_float32_is_read_by_the_library_that_reads_faster(monkeypatch, vendor, kind):
-    monkeypatch.setattr("packed.cpu_words", lambda: {vendor})
+    monkeypatch.setattr("kqv.quantized.cpu_words", lambda: {vendor})
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=301, n_layer=2, n_head=4, n_embd=64)).eval()
     idx = torch.randint(301, (1, 20))

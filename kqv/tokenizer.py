@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from kqv.cli import UserError
+
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -34,7 +36,7 @@ class CharTokenizer(Tokenizer):
 
     def __init__(self, chars: str, end_of_text: bool = False):
         if not chars or len(set(chars)) != len(chars):
-            raise ValueError("a character vocabulary must have at least one character, and none of them twice")
+            raise UserError("a character vocabulary must have at least one character, and none of them twice")
         self.chars = chars
         self.end_of_text = len(chars) if end_of_text else None
         self.token_bytes = [utf8(char) for char in chars] + [END_OF_TEXT.encode()] * end_of_text
@@ -49,7 +51,7 @@ class CharTokenizer(Tokenizer):
         if (ids < 0).any():
             missing = sorted({chr(point) for point in points[ids < 0]})
             shown = ", ".join(map(repr, missing[:10])) + (", ..." if len(missing) > 10 else "")
-            raise ValueError(f"{len(missing)} of the text's characters are not in the vocabulary: {shown}")
+            raise UserError(f"{len(missing)} of the text's characters are not in the vocabulary: {shown}")
         return ids
 
     def describe(self) -> dict[str, Any]:
@@ -72,7 +74,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding, by tiktoken, which downloads 1.5 MB the first time. ValueError where it cannot."""
+    """GPT-2's byte-pair encoding, by tiktoken, which downloads 1.5 MB the first time. UserError where it cannot."""
 
     def __init__(self):
         import requests  # tiktoken downloads with it
@@ -81,7 +83,7 @@ class GPT2Tokenizer(Tokenizer):
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
         except (requests.RequestException, ValueError) as error:  # ValueError: what came has the wrong checksum
-            raise ValueError(
+            raise UserError(
                 f"could not download GPT-2's BPE files ({type(error).__name__}): connect to the internet once, or set "
                 "TIKTOKEN_CACHE_DIR to a folder in which tiktoken has kept them"
             ) from None
@@ -99,7 +101,7 @@ class GPT2Tokenizer(Tokenizer):
             self.of_thread.bpe = tiktoken.Encoding(
                 bpe.name, pat_str=bpe._pat_str, mergeable_ranks=bpe._mergeable_ranks, special_tokens=bpe._special_tokens
             )
-        utf8(text)  # ValueError for half a surrogate pair
+        utf8(text)  # UserError for half a surrogate pair
         # not encode_ordinary: its Python list of ids costs a third of the time, and holds the GIL while it is made
         return self.of_thread.bpe.encode_to_numpy(text, disallowed_special=())
 
@@ -111,19 +113,19 @@ class GPT2Tokenizer(Tokenizer):
 
 
 def utf8(text: str) -> bytes:
-    """`text` as UTF-8. ValueError for half a surrogate pair: JSON escapes and odd file names can bring in such."""
+    """`text` as UTF-8. UserError for half a surrogate pair: JSON escapes and odd file names can bring in such."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         bad = f"U+{ord(text[error.start]):04X}"
-        raise ValueError(f"character {error.start} of the text is {bad}, half a surrogate pair") from None
+        raise UserError(f"character {error.start} of the text is {bad}, half a surrogate pair") from None
 
 
 def checked(ids: Iterable[int], vocab_size: int) -> list[int]:
     ids = list(ids)
     for index in (min(ids, default=0), max(ids, default=0)):
         if not 0 <= index < vocab_size:
-            raise ValueError(f"token id {index} is outside the tokenizer's vocabulary of {vocab_size}")
+            raise UserError(f"token id {index} is outside the tokenizer's vocabulary of {vocab_size}")
     return ids
 
 
@@ -136,7 +138,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def from_description(description: Any) -> Tokenizer:
-    """The tokenizer whose describe() gave `description`. ValueError for anything else."""
+    """The tokenizer whose describe() gave `description`. UserError for anything else."""
     match description:
         case {"kind": "char", "chars": str(chars), "end_of_text": bool(end_of_text)}:
             return CharTokenizer(chars, end_of_text)
@@ -144,7 +146,7 @@ def from_description(description: Any) -> Tokenizer:
             return ByteTokenizer()
         case {"kind": "gpt2"}:
             return GPT2Tokenizer()
-    raise ValueError(f"not the description of a tokenizer: {ascii(description)[:80]}")
+    raise UserError(f"not the description of a tokenizer: {ascii(description)[:80]}")
 
 
 # What it takes to pickle dicts, strings and integers. Nothing here can import or call: a pickle of these runs no code.
@@ -156,7 +158,7 @@ PLAIN_OPCODES = {
 
 
 def read_meta_pkl(path: Path) -> dict[str, Any]:
-    """The tokenizer description in nanoGPT's meta.pkl. OSError, or ValueError where it is not a character vocabulary.
+    """The tokenizer description in nanoGPT's meta.pkl. OSError, or UserError where it is not a character vocabulary.
 
     Pickles can run any code when they are loaded, so the file's instructions are looked through before it is.
     """
@@ -169,7 +171,7 @@ def read_meta_pkl(path: Path) -> dict[str, Any]:
                 raise ValueError("it would fill the memory")  # pickle makes a table as long as the largest number
         meta = pickle.loads(data)
     except (pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
-        raise ValueError(f"{path}: not a meta.pkl of nanoGPT's: {error}") from None
+        raise UserError(f"{path}: not a meta.pkl of nanoGPT's: {error}") from None
     match meta:
         case {"vocab_size": int(vocab_size), "itos": dict(itos), "stoi": dict(stoi)}:
             chars = [itos.get(index) for index in range(len(itos))]
@@ -180,4 +182,4 @@ def read_meta_pkl(path: Path) -> dict[str, Any]:
             ):
                 utf8("".join(chars))
                 return {"kind": "char", "chars": "".join(chars), "end_of_text": False}
-    raise ValueError(f"{path}: its itos and stoi are not one character for each id from 0 to vocab_size - 1")
+    raise UserError(f"{path}: its itos and stoi are not one character for each id from 0 to vocab_size - 1")

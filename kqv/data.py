@@ -13,18 +13,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from config import EVAL_TOKENS, ROOT
-from tokenizer import from_description, read_meta_pkl
+from kqv import ROOT
+from kqv.cli import UserError
+from kqv.tokenizer import from_description, read_meta_pkl
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+EVAL_BATCH = 12  # windows for each of eval_iters: nanoGPT's batch_size, so that ours does not change what is measured
+EVAL_TOKENS = 4096  # tokens of one evaluation forward: fixed, so that rounding cannot depend on batch_size
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256  # llm.c: 256 int32, the third is the number of tokens
 VERIFY_BYTES = 2**27  # files up to this size are read whole and checked when they are opened, a tenth of a second
 
 
 def find_dataset(data_dir: str, dataset: str) -> Path:
-    """The folder of a data set: in data_dir from here, or else beside the code. ValueError says how to make it."""
+    """The folder of a data set: in data_dir from here, or else beside the code. UserError says how to make it."""
     for folder in (Path(data_dir) / dataset, ROOT / data_dir / dataset):
         if folder.is_dir():
             return folder
@@ -34,7 +37,7 @@ def find_dataset(data_dir: str, dataset: str) -> Path:
         if (ROOT / "prepare" / f"{dataset}.py").is_file()
         else f"python prepare/text.py --name={dataset} --input=..."
     )
-    raise ValueError(f"dataset={dataset!r}: no folder {Path(data_dir) / dataset}; make it with: {command}")
+    raise UserError(f"dataset={dataset!r}: no folder {Path(data_dir) / dataset}; make it with: {command}")
 
 
 def read_meta(folder: Path) -> dict:
@@ -51,16 +54,16 @@ def read_meta(folder: Path) -> dict:
             whole = whole and meta["dtype"] in ("uint16", "uint32") and set(meta["splits"]) in ({"train", "val"}, set())
             whole = whole and all(type(n) is int and 0 <= n < 2**63 for n in counts)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the data again") from None
+            raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); prepare the data again") from None
         if not whole:
-            raise ValueError(f"{path} is damaged: not the description of a data set; prepare the data again")
+            raise UserError(f"{path} is damaged: not the description of a data set; prepare the data again")
         gpt2 = meta["tokenizer"] == {"kind": "gpt2"}  # from_description might have to download it
         try:
             vocab_size = 50257 if gpt2 else from_description(meta["tokenizer"]).vocab_size
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
+        except UserError as error:
+            raise UserError(f"{path} is damaged: {error}") from None
         if meta["vocab_size"] != vocab_size:
-            raise ValueError(f"{path} is damaged: vocab_size {meta['vocab_size']} is not its tokenizer's")
+            raise UserError(f"{path} is damaged: vocab_size {meta['vocab_size']} is not its tokenizer's")
         return meta
     tokenizer, vocab_size = {"kind": "gpt2"}, 50257
     if (folder / "meta.pkl").exists():
@@ -70,7 +73,7 @@ def read_meta(folder: Path) -> dict:
 
 
 def open_tokens(path: Path, dtype: str, stated: dict | None, vocab_size: int) -> np.ndarray:
-    """Memory-map the ids of one file, (n,). ValueError where they are not what the file or its meta.json states."""
+    """Memory-map the ids of one file, (n,). UserError where they are not what the file or its meta.json states."""
     size = path.stat().st_size
     header = np.fromfile(path, dtype="<i4", count=3)
     magic, version, n = map(int, header) if len(header) == 3 else (0, 0, 0)
@@ -78,29 +81,29 @@ def open_tokens(path: Path, dtype: str, stated: dict | None, vocab_size: int) ->
     if magic == SHARD_MAGIC or fits:
         offset, dtype = 4 * SHARD_HEADER, "uint16"
         if magic != SHARD_MAGIC or not fits:
-            raise ValueError(
+            raise UserError(
                 f"{path} is damaged: magic number {magic}, version {version}, {size} bytes, and its header states "
                 f"{n} tokens"
             )
     else:
         n, offset = size // np.dtype(dtype).itemsize, 0
         if size % np.dtype(dtype).itemsize:
-            raise ValueError(f"{path} is damaged: {size} bytes are not a whole number of {dtype} ids")
+            raise UserError(f"{path} is damaged: {size} bytes are not a whole number of {dtype} ids")
         if stated and n != stated["tokens"]:
-            raise ValueError(f"{path} is damaged: {n:,} tokens where meta.json states {stated['tokens']:,}")
+            raise UserError(f"{path} is damaged: {n:,} tokens where meta.json states {stated['tokens']:,}")
     if n < 2:
-        raise ValueError(f"{path} has {n} tokens: nothing to learn from")
+        raise UserError(f"{path} has {n} tokens: nothing to learn from")
     tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=offset, shape=(n,))
     if size <= VERIFY_BYTES:
         if stated and "sha256" in stated and hashlib.sha256(tokens).hexdigest() != stated["sha256"]:
-            raise ValueError(f"{path} is damaged: its SHA-256 is not the one in meta.json; prepare the data again")
+            raise UserError(f"{path} is damaged: its SHA-256 is not the one in meta.json; prepare the data again")
         check_ids(tokens, vocab_size, path)
     return tokens
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
     if (largest := int(tokens.max())) >= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{path} has the id {largest}, beyond the vocabulary of {vocab_size}: made for another tokenizer?"
         )
 
@@ -113,7 +116,7 @@ class Split:
         if not paths[0].is_file():
             paths = sorted(folder.glob(f"*{name}*.bin"))
         if not paths:
-            raise ValueError(f"{folder} has no {name}.bin")
+            raise UserError(f"{folder} has no {name}.bin")
         self.block_size, self.vocab_size, self.path = block_size, meta["vocab_size"], folder / f"{name}.bin"
         stated = meta["splits"].get(name)
         self.shards = [open_tokens(path, meta["dtype"], stated, self.vocab_size) for path in paths]
@@ -121,7 +124,7 @@ class Split:
         self.bytes = stated["bytes"] if stated else None
         for path, shard in zip(paths, self.shards, strict=True):  # a window reads T + 1 tokens
             if len(shard) <= block_size:
-                raise ValueError(
+                raise UserError(
                     f"block_size={block_size}: {path} has {len(shard):,} tokens and must have more; "
                     f"the longest block_size that fits is {len(shard) - 1}"
                 )

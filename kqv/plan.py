@@ -15,15 +15,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from config import EVAL_BATCH, EVAL_TOKENS, ROOT, TrainConfig
-from hardware import GPUS, cpu_likes_bfloat16, peak_flops, ram_bytes
+from kqv import ROOT
+from kqv.cli import UserError
+from kqv.data import EVAL_BATCH, EVAL_TOKENS
+from kqv.machine import GPUS, cpu_likes_bfloat16, peak_flops, ram_bytes
+from kqv.settings import TrainConfig
 
 if TYPE_CHECKING:
     from model import GPTConfig
 
 GPT2 = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 GPT2_TOKENS_PER_STEP = 12 * 1024 * 40  # configs/train_gpt2.py; GPT-3's, for models of 125M to 760M (arXiv:2005.14165)
-LARGE_VOCAB = 4096  # model.py's: from here on the loss is computed a chunk of rows at a time
+LARGE_VOCAB = 4096  # loss.py's
 ASSUMED_MFU = 0.4  # what compiled training of a GPT reaches of a device's peak is mostly from 0.3 to 0.5
 
 
@@ -242,9 +245,9 @@ def model_config(cfg: TrainConfig, vocab_size: int) -> "GPTConfig":
             vars(c).update({key: sizes[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")})
             longest = int(sizes.get("n_positions", 1024))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not that of a GPT-2 ({type(error).__name__}: {error})") from None
+            raise UserError(f"{path} is not that of a GPT-2 ({type(error).__name__}: {error})") from None
         if c.block_size > longest:
-            raise ValueError(f"block_size={c.block_size}: {cfg.init_from} has at most {longest}")
+            raise UserError(f"block_size={c.block_size}: {cfg.init_from} has at most {longest}")
         vars(c).update(position="learned", norm="layernorm", mlp="gelu_tanh", attention="sdpa", bias=True)
         vars(c).update(qk_norm=False, short_conv=0, n_kv_head=None, head_dim=None, n_inner=sizes.get("n_inner"))
         c.tie_embeddings = sizes.get("tie_word_embeddings", True)
@@ -262,7 +265,7 @@ def data_sizes(cfg: TrainConfig) -> tuple[int, int, int] | None:
     """Vocabulary, tokens to train on, and tokens of the shortest file of the data set; None where it is not there."""
     if not any((root / cfg.data_dir / cfg.dataset).is_dir() for root in (Path(), ROOT)):
         return None
-    from data import Split, find_dataset, read_meta  # numpy, which --help need not wait for
+    from kqv.data import Split, find_dataset, read_meta  # numpy, which --help need not wait for
 
     folder = find_dataset(cfg.data_dir, cfg.dataset)
     meta = read_meta(folder)
@@ -276,7 +279,7 @@ def find_device(plan_device: str | None, device: str) -> tuple[str, float | None
         names = {name.lower().removeprefix("rtx "): name for name in GPUS}
         name = names.get(plan_device.lower().replace("-", " ").replace("_", " ").removeprefix("rtx "))
         if name is None:
-            raise ValueError(f"plan_device={plan_device!r}: expected {' | '.join(names)}")
+            raise UserError(f"plan_device={plan_device!r}: expected {' | '.join(names)}")
         return name, GPUS[name][1] * 1e9
     if device != "cpu" and shutil.which("nvidia-smi"):
         import torch
@@ -284,21 +287,21 @@ def find_device(plan_device: str | None, device: str) -> tuple[str, float | None
         if torch.cuda.is_available():
             return torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     if device.startswith("cuda"):
-        raise ValueError(f"device={device!r}: there is none here; which one is the plan for? --plan_device=h100")
+        raise UserError(f"device={device!r}: there is none here; which one is the plan for? --plan_device=h100")
     return "cpu", ram_bytes()
 
 
 def check_strategy(strategy: str, dtype: str) -> None:
-    """ValueError where FSDP would train in a dtype, as resolved for the device, that it cannot."""
+    """UserError where FSDP would train in a dtype, as resolved for the device, that it cannot."""
     if strategy == "fsdp" and dtype == "float16":
-        raise ValueError("strategy=fsdp: trains in bfloat16 or float32; float16 would need its gradients scaled")
+        raise UserError("strategy=fsdp: trains in bfloat16 or float32; float16 would need its gradients scaled")
 
 
 def micro_steps_of_each(world_size: int, gradient_accumulation_steps: int) -> int:
-    """Micro-batches of each process in one step. ValueError where they cannot be shared out evenly."""
+    """Micro-batches of each process in one step. UserError where they cannot be shared out evenly."""
     if gradient_accumulation_steps % world_size:
         shares = f"{world_size} processes share them, so give a multiple of {world_size}"
-        raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps}: {shares}")
+        raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps}: {shares}")
     return gradient_accumulation_steps // world_size
 
 
@@ -328,7 +331,7 @@ def concerns(cfg: TrainConfig, n_params: int, data: tuple[int, int, int] | None)
 
 
 def plan(cfg: TrainConfig, world_size: int = 1, plan_device: str | None = None) -> str:
-    """What `world_size` processes with these settings will take, as text. ValueError where they are impossible.
+    """What `world_size` processes with these settings will take, as text. UserError where they are impossible.
 
     It is planned for `plan_device`, a name of hardware.GPUS in any case, or else for the device of this machine.
     """

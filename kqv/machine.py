@@ -3,8 +3,14 @@
 import os
 import platform
 import re
+import subprocess
+import sys
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from kqv import ROOT
+from kqv.cli import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +51,7 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
 
 
 def resolve_device(device: str, local_rank: int = 0) -> "torch.device":
-    """The device that was asked for, or for "auto" the best there is. ValueError where this machine lacks it."""
+    """The device that was asked for, or for "auto" the best there is. UserError where this machine lacks it."""
     import torch
 
     if device == "auto":
@@ -53,13 +59,13 @@ def resolve_device(device: str, local_rank: int = 0) -> "torch.device":
     kind, _, index = device.partition(":")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if kind not in available or (index and not index.isdecimal()):
-        raise ValueError(f"device={device!r}: expected auto | cpu | cuda | cuda:N | mps")
+        raise UserError(f"device={device!r}: expected auto | cpu | cuda | cuda:N | mps")
     if not available[kind]:
-        raise ValueError(f"device={device!r}: not available on this machine (PyTorch {torch.__version__})")
+        raise UserError(f"device={device!r}: not available on this machine (PyTorch {torch.__version__})")
     if kind == "cuda":
         index = int(index or local_rank)
         if index >= torch.cuda.device_count():
-            raise ValueError(f"device=cuda:{index}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+            raise UserError(f"device=cuda:{index}: this machine has {torch.cuda.device_count()} CUDA device(s)")
         device = f"cuda:{index}"
     return torch.device(device)
 
@@ -105,3 +111,44 @@ def ram_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError):  # Windows has no sysconf, others have fewer names
         return None
+
+
+def describe_environment(device_name: str) -> dict[str, Any]:
+    """What a run's speed and numbers depend on besides its settings, in plain JSON values; None: not known here.
+
+    "commit" and "dirty" (tracked files differ from the commit) are of the code; "ram_bytes" is all of the machine's.
+    """
+    import numpy as np
+    import torch
+
+    tracked = git("ls-files", "--", "model.py")  # else the folder only lies inside somebody's other repository
+    changes = git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no") if tracked else None
+    return {
+        "started": utc_now(),
+        "command": list(sys.argv),
+        "commit": git("rev-parse", "HEAD") if tracked else None,
+        "dirty": None if changes is None else changes != "",
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "platform": platform.platform(),
+        "device": device_name,
+        "cpu": cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "ram_bytes": ram_bytes(),
+    }
+
+
+def git(*arguments: str) -> str | None:
+    """What git says about the project; None where there is no git, or no repository."""
+    try:
+        command = ["git", "-C", str(ROOT), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def utc_now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hardware import cpu_words
-from model import GPT
+from kqv.cli import UserError
+from kqv.machine import cpu_words
 
 
 class PackedLinear(nn.Module):
@@ -61,7 +61,7 @@ class Int8Linear(nn.Module):
         return y.type_as(x)
 
 
-def pack(model: GPT, batch_size: int, quantize: str | None = None) -> None:
+def pack(model: nn.Module, batch_size: int, quantize: str | None = None) -> None:
     """Replace the model's linear layers by ones that read their weights faster; the model can then only generate.
 
     Without `quantize` the results are the same but for rounding. Nothing changes where nothing is gained: on GPUs, and
@@ -71,7 +71,7 @@ def pack(model: GPT, batch_size: int, quantize: str | None = None) -> None:
     weight = model.transformer.wte.weight
     if quantize == "int8":
         if weight.device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
-            raise ValueError(f"quantize='int8': works on x86 CPUs, not on {weight.device.type} here")
+            raise UserError(f"quantize='int8': works on x86 CPUs, not on {weight.device.type} here")
         torch.backends.quantized.engine = "fbgemm"
         kind = Int8Linear
     elif weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():

@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from config import ROOT
-from hardware import cpu_name, resolve_device
+from kqv import ROOT
+from kqv.cli import UserError
+from kqv.machine import cpu_name, resolve_device
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Measured:
 
 
 def run(name: str, command: list[Any], cwd: Any, whole_tree: bool = False, **environment: str) -> Measured:
-    """Run a command to its end. ValueError with the last line of its stderr where it fails.
+    """Run a command to its end. UserError with the last line of its stderr where it fails.
 
     Peak memory is the process's own; with `whole_tree`, where there is a /proc, that of all it starts as well.
     """
@@ -65,7 +66,7 @@ def run(name: str, command: list[Any], cwd: Any, whole_tree: bool = False, **env
         said = err.read().decode("utf-8", errors="replace")
     if child.returncode:
         reason = (said.strip() or f"exit code {child.returncode}").splitlines()[-1]
-        raise ValueError(f"{name} failed: {reason.removeprefix('error: ')}")
+        raise UserError(f"{name} failed: {reason.removeprefix('error: ')}")
     own = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Measured("".join(lines), arrived, seconds, (max(samples) or own) / 1e6)
 

@@ -1,9 +1,4 @@
-"""From documents to a data set: the writer that all scripts of this folder share.
-
-A document is an iterable of strings, the pieces of its text in order, that can be gone through more than once; so
-a file of any size can be one, and memory stays bounded. Import this module before the project's own: it makes them
-importable from scripts that run as `python prepare/NAME.py`.
-"""
+"""Documents -> a data set on disk: train.bin, val.bin and meta.json, all of them or none."""
 
 import hashlib
 import itertools
@@ -25,14 +20,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent))  # before site-packages: PyPI has a "config" too
+from kqv import ROOT
+from kqv.cli import UserError
+from kqv.documents import Document
+from kqv.overlap import shared_stretches
+from kqv.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, utf8
 
-from overlap import shared_stretches
-
-from config import ROOT
-from tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, utf8
-
-Document = Iterable[str]
 Batch = list[tuple[str, str | None]]  # (split, text); None for a text is the end of a document
 Encoded = dict[str, tuple[np.ndarray, int]]  # split -> its next token ids, and the bytes of text they stand for
 
@@ -65,15 +58,15 @@ def write_dataset(
     """Write train.bin, val.bin and meta.json into `folder`, all of them or none, say so, and return the meta.json.
 
     `source` tells in words where the text came from. `total_bytes`, if known, is for the progress bar. A document is
-    followed by the end-of-text id, if the tokenizer has one and there is more than one document. Raises ValueError
+    followed by the end-of-text id, if the tokenizer has one and there is more than one document. Raises UserError
     where a split would be empty, and OSError.
     """
     if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction={val_fraction}: must be above 0 and below 1")
+        raise UserError(f"val_fraction={val_fraction}: must be above 0 and below 1")
     documents = iter(documents)
     first = list(itertools.islice(documents, FEW_DOCUMENTS))
     if not first:
-        raise ValueError(f"there is no text in {source}")
+        raise UserError(f"there is no text in {source}")
     separate = tokenizer.end_of_text is not None and len(first) > 1
     if len(first) < FEW_DOCUMENTS:
         parts, how = cut_each(first, val_fraction), f"the last {val_fraction:g} of each document is val"
@@ -91,7 +84,7 @@ def write_dataset(
             splits = write_splits(Path(unfinished), with_progress(encoded, total_bytes))
             for split, counts in splits.items():
                 if not counts["tokens"]:
-                    raise ValueError(f"nothing for the {split} split: there is too little text in {source}")
+                    raise UserError(f"nothing for the {split} split: there is too little text in {source}")
             meta = {
                 "tokenizer": tokenizer.describe(),
                 "dtype": dtype.name,

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import config
-import hardware
-from config import SampleConfig, TrainConfig, parse
-from hardware import cpu_likes_bfloat16, cpuinfo
+from kqv import cli, machine
+from kqv.cli import UserError, parse
+from kqv.machine import cpu_likes_bfloat16, cpuinfo
+from kqv.plan import plan
+from kqv.settings import SampleConfig, TrainConfig
 from model import GPTConfig
-from plan import plan
 from tests.conftest import ROOT
 
 
@@ -195,24 +195,24 @@ def test_help_lists_every_option_without_importing_torch(script, cls):
 def test_settings_of_a_resumed_run():
     cfg, origin = parse(TrainConfig, ["--n_layer=3"])
     saved = {"n_layer": 7, "batch_size": 5, "learning_rate": 1, "device": "cuda", "of_another_version": 1}
-    cfg, origin = config.restore(cfg, origin, saved, but={"device"})
+    cfg, origin = cli.restore(cfg, origin, saved, but={"device"})
     assert (cfg.n_layer, cfg.batch_size, cfg.learning_rate, cfg.device) == (3, 5, 1.0, "auto")
     assert (origin["n_layer"], origin["batch_size"], origin["device"]) == ("flag", "checkpoint", "default")
-    with pytest.raises(ValueError, match="batch_size='x'"):
-        config.restore(*parse(TrainConfig, []), {"batch_size": "x"}, but=set())
+    with pytest.raises(UserError, match="batch_size='x'"):
+        cli.restore(*parse(TrainConfig, []), {"batch_size": "x"}, but=set())
 
 
 def test_devices_that_are_not_here():
     import torch
 
-    cpu = hardware.resolve_device("cpu")
+    cpu = machine.resolve_device("cpu")
     assert cpu == torch.device("cpu")
-    assert hardware.resolve_dtype("bfloat16", cpu) == torch.bfloat16
-    with pytest.raises(ValueError, match="device='tpu': expected auto"):
-        hardware.resolve_device("tpu")
+    assert machine.resolve_dtype("bfloat16", cpu) == torch.bfloat16
+    with pytest.raises(UserError, match="device='tpu': expected auto"):
+        machine.resolve_device("tpu")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="device='cuda:3': not available on this machine"):
-            hardware.resolve_device("cuda:3")
+        with pytest.raises(UserError, match="device='cuda:3': not available on this machine"):
+            machine.resolve_device("cuda:3")
 
 
 @pytest.mark.parametrize(
@@ -228,10 +228,10 @@ def test_bfloat16_is_for_cpus_that_are_faster_with_it(tmp_path, monkeypatch, ven
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags} fsrm\n")
     words = set(cpuinfo(tmp_path / "cpuinfo").split())
     assert {vendor, *flags.split()} <= words and cpuinfo(tmp_path / "no such file") == ""
-    monkeypatch.setattr("hardware.cpu_words", lambda: words)
+    monkeypatch.setattr("kqv.machine.cpu_words", lambda: words)
     assert cpu_likes_bfloat16() is likes
     chosen = "bfloat16" if likes else "float32"
-    assert str(hardware.resolve_dtype("auto", hardware.resolve_device("cpu"))) == f"torch.{chosen}"
+    assert str(machine.resolve_dtype("auto", machine.resolve_device("cpu"))) == f"torch.{chosen}"
     assert f"cpu in {chosen};" in plan(TrainConfig(device="cpu", data_dir=str(tmp_path)))
 
 

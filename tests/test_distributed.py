@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+from kqv import checkpoint
 from tests.conftest import ROOT, TINY
 from tests.test_train import assert_same_weights, column, metrics
 

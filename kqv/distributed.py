@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from record import Log
+from kqv.cli import UserError
+from kqv.log import Log
 
 
 def init_distributed(backend: str) -> dist.ProcessGroup:
@@ -39,14 +40,14 @@ def is_sharded(value: Any) -> bool:
     return hasattr(value, "full_tensor")  # a DTensor
 
 
-def shard(model: nn.Module, device: torch.device) -> None:
-    """Share the model out over the processes, in place: its weights become DTensors."""
+def shard(loss_model: nn.Module, device: torch.device) -> None:
+    """Share the model of a NextTokenLoss out over the processes, in place: its weights become DTensors."""
     from torch.distributed.fsdp import fully_shard  # half a second that other runs need not wait
 
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in model.transformer.h:
+    for block in loss_model.model.transformer.h:
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    fully_shard(loss_model, mesh=mesh)
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
@@ -103,7 +104,7 @@ def try_compile(
         wrapped = wrap(compiled, device)
         average_gradients(wrapped, now=False)
         with autocast:
-            loss = wrapped(*batch)[1]
+            loss = wrapped(*batch)
         loss.backward()
     except torch.OutOfMemoryError:
         raise
@@ -118,6 +119,6 @@ def try_compile(
     if reason is None:
         return compiled, wrapped
     if wanted is True:
-        raise ValueError(f"compile=True: torch.compile does not work here: {reason}")
+        raise UserError(f"compile=True: torch.compile does not work here: {reason}")
     log.say(f"going on without torch.compile, which does not work here: {reason}")
     return model, wrap(model, device)

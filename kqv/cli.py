@@ -1,0 +1,281 @@
+"""Command line and config files -> settings, and what goes wrong -> one line.
+
+A command's settings are one flat dataclass, whose fields are its options: defaults < config files < --key=value.
+A config file is plain Python that assigns some of the same names:
+
+    python train.py configs/train_shakespeare_char.py --batch_size=32 --compile=False
+"""
+
+import ast
+import difflib
+import inspect
+import io
+import numbers
+import os
+import re
+import runpy
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from kqv import ROOT
+
+Settings = TypeVar("Settings")
+TYPE_NAMES = {bool: "True | False", int: "int", float: "float", str: "text", type(None): "None"}
+# imported where they are used; pip installs each under the name that is imported
+OPTIONAL_PACKAGES = {"datasets", "huggingface_hub", "matplotlib", "numpy", "pyarrow", "requests", "rich", "safetensors"}
+OPTIONAL_PACKAGES |= {"tiktoken", "torch", "transformers", "typer", "wandb"}
+
+
+class UserError(Exception):
+    """Something that the user can cause and mend. A command prints the message, one line, and exits with 2."""
+
+
+# -- one value ---------------------------------------------------------------------------------------------------------
+
+
+def members(kind: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def convert(key: str, value: Any, kind: Any) -> Any:
+    """`value` (text of a flag, or any object of a config file) as type `kind`; UserError names what is accepted."""
+    if isinstance(value, numbers.Number) and hasattr(value, "item"):  # a config file's np.int64(8)
+        value = value.item()
+    text = isinstance(value, str)
+    for member in members(kind):
+        if get_origin(member) is Literal and value in get_args(member):
+            return value
+        if member is type(None) and (value is None or (text and value.lower() == "none")):
+            return None
+        if member is bool and str(value).lower() in ("true", "false", "1", "0") and isinstance(value, (str, bool)):
+            return str(value).lower() in ("true", "1")
+        if member in (int, float) and not isinstance(value, bool) and isinstance(value, (str, int, member)):
+            try:
+                return member(value)
+            except (ValueError, OverflowError):
+                continue
+        if member is str and text:
+            return value
+        if get_origin(member) is tuple and isinstance(value, (list, tuple, str)):
+            return (value,) if text else tuple(convert(key, item, str) for item in value)
+    raise UserError(f"{key}={value!r}: expected {describe_type(kind)}")
+
+
+def describe_type(kind: Any) -> str:
+    """What a value of this type looks like, for error messages and --help."""
+    if get_origin(kind) is Literal:
+        return " | ".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        return "text, or a list of texts"
+    return " | ".join(TYPE_NAMES.get(member) or describe_type(member) for member in members(kind))
+
+
+def unknown_setting(key: str, known: list[str]) -> UserError:
+    close = difflib.get_close_matches(key, known, n=1)
+    return UserError(
+        f"unknown setting {key!r}" + (f": did you mean {close[0]!r}?" if close else "; --help lists them all")
+    )
+
+
+# -- config files and flags --------------------------------------------------------------------------------------------
+
+
+def read_config_file(path: str, kinds: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a config file assigns. Its imports, functions, loop variables and _names are its own."""
+    found = next((p for p in (Path(path), ROOT / "configs" / Path(path).name) if p.is_file()), None)
+    if found is None or found.suffix != ".py":
+        raise UserError(f"no config file {path!r}; settings are given as --key=value")
+    try:
+        tree = ast.parse(found.read_bytes(), filename=path)
+        assigned = runpy.run_path(str(found))
+    except (Exception, SystemExit) as error:  # it is the user's own program, so it can raise anything
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
+    own = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            own |= {name.asname or name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, (ast.For, ast.With)):
+            targets = [node.target] if isinstance(node, ast.For) else [item.optional_vars for item in node.items]
+            own |= {name.id for target in targets if target for name in ast.walk(target) if isinstance(name, ast.Name)}
+    values = {}
+    for key, value in assigned.items():
+        if key.startswith("_") or key in own or (callable(value) and key not in kinds):
+            continue
+        try:
+            if key not in kinds:
+                raise unknown_setting(key, list(kinds))
+            values[key] = convert(key, value, kinds[key])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    return values
+
+
+def split_arguments(arguments: list[str], kinds: dict[str, Any]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The words without --, and (key, text) of each flag, in order.
+
+    --batch_size=8, --batch-size 8, --compile, --no-compile and --compile False are all accepted.
+    """
+    booleans = {key for key, kind in kinds.items() if bool in members(kind)}
+    queue, words, flags = list(arguments), [], []
+    while queue:
+        argument = queue.pop(0)
+        if not argument.startswith("-"):
+            words.append(argument)
+            continue
+        if not argument.startswith("--"):
+            raise UserError(f"unknown option {argument!r}; settings are given as --key=value")
+        key, equals, text = argument[2:].partition("=")
+        key = key.replace("-", "_")
+        if not equals and key in booleans:  # --compile, or --compile False
+            has_value = bool(queue) and queue[0].lower() in ("true", "false", "auto")
+            equals, text = "=", queue.pop(0) if has_value else "True"
+        elif not equals and key.removeprefix("no_") in booleans:  # --no-compile
+            key, equals, text = key.removeprefix("no_"), "=", "False"
+        if key not in kinds:
+            raise unknown_setting(key, list(kinds))
+        if not equals:
+            if not queue:
+                raise UserError(f"--{key} needs a value: {describe_type(kinds[key])}")
+            text = queue.pop(0)
+        flags.append((key, text))
+    return words, flags
+
+
+def parse(cls: type[Settings], arguments: list[str], doc: str = "") -> tuple[Settings, dict[str, str]]:
+    """A `cls` from defaults < config files < flags, and where each value came from.
+
+    Origins are "default", the path of a config file, or "flag". Raises UserError; `--help` prints `doc` and exits.
+    Arguments without -- are config files, or the values of the field that `cls.POSITIONAL` names.
+    """
+    positional = getattr(cls, "POSITIONAL", None)
+    hints = get_type_hints(cls)
+    kinds = {field.name: hints[field.name] for field in fields(cls) if field.name != positional}
+    if "--help" in arguments:
+        print_help(cls, doc)
+        sys.exit(0)
+    words, flags = split_arguments(arguments, kinds)
+    values, origin = {}, dict.fromkeys(kinds, "default")
+    if positional and words:
+        values[positional], origin[positional] = tuple(words), "flag"
+    for path in words if not positional else []:
+        found = read_config_file(path, kinds)
+        values |= found
+        origin |= dict.fromkeys(found, path)
+    for key, text in flags:
+        repeated = get_origin(kinds[key]) is tuple and origin[key] == "flag"
+        value = convert(key, text, kinds[key])
+        values[key], origin[key] = (values[key] + value if repeated else value), "flag"
+    return cls(**values), origin
+
+
+def print_help(cls: type, doc: str) -> None:
+    """Print every option with its type, default and meaning, laid out by Typer under the class in which it stands."""
+    import typer
+
+    hints, positional = get_type_hints(cls, include_extras=True), getattr(cls, "POSITIONAL", None)
+    words = typer.Argument(metavar="[CONFIG.py]...", help="config files; later wins")
+    if positional:
+        words = typer.Argument(metavar=f"{positional.upper()}...", help=get_args(hints[positional])[1])
+    options, defaults = {"words": Annotated[list[str] | None, words]}, {"words": None}
+    for field in fields(cls):
+        if field.name != positional:
+            kind, help_text = get_args(hints[field.name])
+            heading = next(base.__name__ for base in cls.__mro__ if field.name in vars(base).get("__annotations__", {}))
+            option = {"help": help_text, "metavar": describe_type(kind), "rich_help_panel": heading}
+            options[field.name] = Annotated[str | None, typer.Option(f"--{field.name}", **option)]
+            repeated = get_origin(kind) is tuple
+            defaults[field.name] = None if repeated else str(field.default).replace("\n", "\\n")
+
+    def command(**_: Any) -> None:
+        """Typer reads the options from a function's signature: this one is never called."""
+
+    command.__signature__ = inspect.Signature(
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=defaults[name])
+        for name, annotation in options.items()
+    )
+    command.__annotations__ = options
+    app = typer.Typer(add_completion=False)
+    app.command(help=doc)(command)
+    typer.main.get_command(app).main(["--help"], prog_name=Path(sys.argv[0]).name, standalone_mode=False)
+
+
+def restore(
+    config: Settings, origin: dict[str, str], saved: dict[str, Any], but: set[str]
+) -> tuple[Settings, dict[str, str]]:
+    """A resumed run's settings: what was not given this time (and is not among `but`) is as it was saved."""
+    hints = get_type_hints(type(config))
+    keys = [key for key in saved if origin.get(key) == "default" and key not in but]
+    values = {key: convert(key, saved[key], hints[key]) for key in keys}
+    return replace(config, **values), origin | dict.fromkeys(keys, "checkpoint")
+
+
+# -- a command from its first line to its exit code --------------------------------------------------------------------
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End in one line on stderr and exit code 2 for a UserError, a missing package, an OSError or too little memory.
+
+    Any other exception is a bug and keeps its traceback.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
+    except BrokenPipeError:  # the reader of our output, `head` say, has gone
+        discard_output()
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in OPTIONAL_PACKAGES:
+            raise
+        fail(f"this needs the Python package {error.name!r}: pip install {error.name}")
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not re.search("OutOfMemory|MemoryError|allocate memory", f"{type(error).__name__} {error}"):
+            raise
+        lower = "train.py takes less with a lower --batch_size or --block_size, sample.py with fewer --num_samples"
+        fail(f"out of memory: {lower}")
+
+
+def discard_output() -> None:
+    """Send what is printed from here on nowhere: the reader of our output, `head` say, has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    process = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
+    with suppress(OSError):  # nobody reads that either
+        print(f"error{process}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def parse_command_line(cls: type[Settings], doc: str) -> tuple[Settings, dict[str, str]]:
+    """The settings that sys.argv asks for. From here on Ctrl-C is one line too, while torch is imported say."""
+    sys.excepthook = lambda kind, *rest: (
+        print("error: interrupted", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
+    )
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us: `>&-`, cron
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that its encoding lacks is no reason to stop
+            stream.reconfigure(errors="replace")
+    with one_line_errors():
+        return parse(cls, sys.argv[1:], doc)
+
+
+def run(main: Callable[[Settings, dict[str, str]], None], cls: type[Settings]) -> None:
+    """Call main(config, origin) with what the command line says; main's docstring is its --help."""
+    settings = parse_command_line(cls, inspect.getdoc(main))
+    with one_line_errors():
+        main(*settings)

@@ -1,0 +1,117 @@
+"""A run's folder: its files, its lock, what is put aside, its metrics and config read back."""
+
+import json
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from kqv.cli import UserError
+
+MEASURED = ("train_eval_loss", "val_loss", "val_bpb")  # by an evaluation
+
+
+def files_of_run(folder: Path) -> list[Path]:
+    names = ("ckpt.pt", "best.pt", "metrics.jsonl", "config.json", "bad_batch.json", "loss.png")
+    return [*(path for name in names if (path := folder / name).exists()), *snapshots(folder).values()]
+
+
+def snapshots(folder: Path) -> dict[int, Path]:
+    """By iteration, the latest first, the ckpt-ITERATION.pt of --keep_last; not what somebody calls ckpt-good.pt."""
+    matches = [(re.fullmatch(r"ckpt-(\d{8,})\.pt", path.name), path) for path in folder.glob("ckpt-*.pt")]
+    return dict(sorted(((int(found[1]), path) for found, path in matches if found), reverse=True))
+
+
+def last_iteration(folder: Path) -> int:
+    """Of the run in this folder, by its metrics.jsonl; -1 where there is none."""
+    path = folder / "metrics.jsonl"
+    records, _ = read_metrics(path) if path.is_file() else ([], [])
+    return max((record["iter"] for record in records), default=-1)
+
+
+def put_aside(out_dir: Path) -> Path | None:
+    """Move an earlier run's files to out_dir/previous, and return that folder; None if there is no earlier run.
+
+    Replaces previous/ unless that holds a longer run; then previous-2 is used, and so on.
+    """
+    found = files_of_run(out_dir)
+    if not any(path.suffix == ".pt" for path in found):
+        return None
+    previous, number, reached = out_dir / "previous", 1, last_iteration(out_dir)
+    while last_iteration(previous) > reached:
+        number += 1
+        previous = out_dir / f"previous-{number}"
+    previous.mkdir(exist_ok=True)
+    for path in files_of_run(previous):
+        path.unlink()
+    for path in found:
+        path.rename(previous / path.name)
+    return previous
+
+
+def hold(out_dir: Path) -> IO:
+    """Keep other runs out of this folder until the returned file is closed. UserError where one has it."""
+    file = (out_dir / ".lock").open("w", encoding="utf-8")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{out_dir} is in use: another run is writing to it") from None
+    except (ImportError, OSError):  # Windows, and file systems without locks
+        pass
+    return file
+
+
+def is_record(value: Any) -> bool:
+    """Whether a line of metrics.jsonl holds one iteration's numbers; any but the first three can be null or absent."""
+    if not isinstance(value, dict):
+        return False
+    numbers = [value.get(key) for key in ("iter", "tokens", "elapsed_seconds")]
+    numbers += [value[key] for key in ("tokens_per_second", "train_loss", *MEASURED) if value.get(key) is not None]
+    return all(isinstance(number, (int, float)) and abs(number) < 1e300 for number in numbers)  # nor inf, nor nan
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The records there are, and the numbers of damaged lines. A last line cut short by a kill is neither."""
+    records, damaged = [], []
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if is_record(record):
+            records.append(record)
+        else:
+            damaged.append(number)
+    return records, damaged
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's config.json; empty where there is none. UserError where it is damaged."""
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error})") from None
+    kinds = {"config": dict, "environment": dict, "earlier": list, "parameters": int}
+    sound = isinstance(contents, dict) and all(isinstance(contents.get(k, kind()), kind) for k, kind in kinds.items())
+    if not sound:
+        raise UserError(f"{path}: damaged (not what train.py writes)")
+    return contents
+
+
+def write_whole(path: Path, contents: str | bytes) -> None:
+    """Write a small file so that at no moment half of it is there."""
+    new = path.with_name(path.name + ".new")
+    try:
+        with new.open("wb") as file:
+            file.write(contents.encode("utf-8") if isinstance(contents, str) else contents)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            new.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -1,0 +1,211 @@
+"""What can be set: the settings of train.py and sample.py, one flat dataclass each.
+
+Each field is an option of the command line, with its type, its default and, in `Annotated`, its help text. The name of
+the class in which a field stands is its heading in `--help`. Settings that are impossible raise UserError.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from kqv.cli import UserError
+
+
+@dataclass(kw_only=True)
+class Machine:
+    device: Annotated[str, "auto | cpu | cuda | cuda:1 | mps; auto takes the best one there is"] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        "compute type; float16 trains with a gradient scaler. auto: a 16-bit type where it is faster, not on most CPUs",
+    ] = "auto"
+    compile: Annotated[
+        bool | Literal["auto"], "torch.compile; auto: train.py tries it on GPUs, and says so where it falls back"
+    ] = "auto"
+    seed: Annotated[int, "one number from which all randomness follows"] = 1337
+
+
+@dataclass(kw_only=True)
+class Training:
+    init_from: Annotated[str, "scratch | resume | auto: resume if there is a run | gpt2 ... gpt2-xl | a folder"] = (
+        "scratch"
+    )
+    max_iters: Annotated[int, "optimizer steps in all"] = 600000
+    max_minutes: Annotated[float | None, "save and stop after N minutes"] = None
+    patience: Annotated[int | None, "stop after N evaluations without a better val_loss"] = None
+    max_bad_steps: Annotated[int, "stop after N steps in a row without a finite loss and gradient"] = 10
+    eval_only: Annotated[bool, "evaluate once, write nothing and stop"] = False
+    plan: Annotated[bool, "print what the run will take (memory, time, ...) and stop; nothing is run or written"] = (
+        False
+    )
+    plan_device: Annotated[str | None, "the device to plan for: h100, a100, rtx 4090, ...; None: this machine's"] = None
+    strategy: Annotated[
+        Literal["ddp", "fsdp"], "several processes: each has the whole model, or a share of it (FSDP)"
+    ] = "ddp"
+    activation_checkpointing: Annotated[bool, "keep fewer activations and compute them again: slower, smaller"] = False
+    backend: Annotated[
+        Literal["auto", "nccl", "gloo", "mpi", "ucc"], "of torch.distributed; auto: nccl on GPUs, gloo on CPUs"
+    ] = "auto"
+
+
+@dataclass(kw_only=True)
+class Output:
+    out_dir: Annotated[str, "folder for the checkpoints and metrics"] = "out"
+    eval_interval: Annotated[int, "iterations between evaluations, each of which can save"] = 2000
+    log_interval: Annotated[int, "iterations between logged training losses"] = 1
+    eval_iters: Annotated[int, "batches of 12 fixed windows to evaluate on; 0: the whole split"] = 200
+    always_save_checkpoint: Annotated[bool, "save ckpt.pt at each evaluation, not only when val_loss improves"] = True
+    save_interval: Annotated[int | None, "also save ckpt.pt every N iterations, between evaluations"] = None
+    keep_last: Annotated[int, "also keep the last N saves, as ckpt-ITERATION.pt"] = 0
+    sample_interval: Annotated[int | None, "write two samples every N iterations, always from the same seeds"] = None
+    save_errors: Annotated[Literal["continue", "stop"], "what to do when a save fails, the last one apart"] = "continue"
+    wandb_log: Annotated[bool, "also log to Weights & Biases"] = False
+    wandb_project: Annotated[str, "its project"] = "owt"
+    wandb_run_name: Annotated[str, "its run name"] = "gpt2"
+
+
+@dataclass(kw_only=True)
+class Data:
+    dataset: Annotated[str, "the data set: the folder DATA_DIR/DATASET, made by prepare/"] = "openwebtext"
+    data_dir: Annotated[str, "folder of data sets: here, or else beside the code"] = "data"
+    batch_size: Annotated[int, "sequences in one micro-batch"] = 12
+    gradient_accumulation_steps: Annotated[int, "micro-batches in one step, over all processes"] = 5 * 8
+    block_size: Annotated[int, "context length, in tokens"] = 1024
+    allow_other_data: Annotated[bool, "resume also on data other than the checkpoint's"] = False
+
+
+@dataclass(kw_only=True)
+class Model:
+    n_layer: Annotated[int, "transformer blocks"] = 12
+    n_head: Annotated[int, "attention (query) heads"] = 12
+    n_embd: Annotated[int, "width of the residual stream"] = 768
+    dropout: Annotated[float, "0 for pretraining, try 0.1 or more for finetuning and small data"] = 0.0
+    bias: Annotated[bool, "biases in the linear and LayerNorm layers, as in GPT-2"] = False
+    position: Annotated[Literal["learned", "sinusoidal", "rope", "none"], "how positions enter"] = "learned"
+    norm: Annotated[Literal["layernorm", "rmsnorm"], "normalisation"] = "layernorm"
+    mlp: Annotated[Literal["gelu", "gelu_tanh", "relu2", "swiglu"], "activation of the MLP"] = "gelu"
+    n_kv_head: Annotated[int | None, "key/value heads, each shared by n_head/n_kv_head queries; None: n_head"] = None
+    head_dim: Annotated[int | None, "width of a head; None: n_embd / n_head"] = None
+    n_inner: Annotated[int | None, "width inside the MLP; None: 4 n_embd (swiglu: 8/3 n_embd)"] = None
+    qk_norm: Annotated[bool, "normalise queries and keys, in the way of `norm`"] = False
+    short_conv: Annotated[int, "mix each token with the N before it, twice in each block (Canon layers); 0: off"] = 0
+    tie_embeddings: Annotated[bool, "one matrix for the token embedding and the output head"] = True
+    rope_theta: Annotated[float, "base of the rotary frequencies"] = 10000.0
+    norm_eps: Annotated[float, "epsilon of the normalisations"] = 1e-5
+    attention: Annotated[Literal["sdpa", "explicit"], "PyTorch's fused kernel, or the formula written out"] = "sdpa"
+
+
+@dataclass(kw_only=True)
+class Optimizer:
+    optimizer: Annotated[Literal["adamw", "muon"], "muon: Muon for the blocks' matrices, AdamW for the rest"] = "adamw"
+    learning_rate: Annotated[float, "peak learning rate (AdamW's)"] = 6e-4
+    muon_lr: Annotated[float, "Muon's peak learning rate, which follows the same schedule"] = 0.02
+    muon_momentum: Annotated[float, "Muon's momentum"] = 0.95
+    weight_decay: Annotated[float, "weight decay, not on gains and biases"] = 1e-1
+    beta1: Annotated[float, "AdamW's first beta"] = 0.9
+    beta2: Annotated[float, "AdamW's second beta"] = 0.95
+    grad_clip: Annotated[float, "largest gradient norm; larger gradients are scaled down to it; 0: no clipping"] = 1.0
+    decay_lr: Annotated[bool, "warm up, then decay; False: constant learning_rate"] = True
+    schedule: Annotated[
+        Literal["cosine", "wsd"], "decay along a cosine, or stay at the peak and then decay along a line"
+    ] = "cosine"
+    decay_fraction: Annotated[float, "wsd: the last part of lr_decay_iters, over which the rate decays"] = 0.5
+    warmup_iters: Annotated[int, "iterations of linear warm-up"] = 2000
+    lr_decay_iters: Annotated[int | None, "where the decay ends; None: max_iters"] = None
+    min_lr: Annotated[float, "learning rate at its end, about learning_rate / 10"] = 6e-5
+
+
+@dataclass(kw_only=True)
+class TrainConfig(Machine, Training, Optimizer, Model, Data, Output):
+    def __post_init__(self):
+        check_init_from(self.init_from, "scratch", "resume", "auto")
+        at_least(self, 1, "batch_size", "gradient_accumulation_steps", "block_size", "eval_interval", "log_interval")
+        at_least(self, 1, "save_interval", "sample_interval", "patience", "max_bad_steps")
+        at_least(
+            self, 0, "eval_iters", "max_iters", "warmup_iters", "lr_decay_iters", "seed", "keep_last", "max_minutes"
+        )
+        at_least(self, 0, "learning_rate", "min_lr", "weight_decay", "grad_clip", "norm_eps", "rope_theta", "muon_lr")
+        at_least(self, 0, "short_conv")
+        for key in ("out_dir", "dataset"):
+            if not getattr(self, key):
+                raise UserError(f"{key}='': must not be empty")
+        for key in ("beta1", "beta2", "muon_momentum"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(f"{key}={getattr(self, key)}: must be at least 0 and below 1")
+        if not 0 <= self.decay_fraction <= 1:
+            raise UserError(f"decay_fraction={self.decay_fraction}: must be from 0 to 1")
+        if (self.strategy, self.optimizer) == ("fsdp", "muon"):
+            raise UserError("strategy=fsdp: trains with AdamW; optimizer=muon needs whole matrices")
+
+
+@dataclass(kw_only=True)
+class Sampling:
+    init_from: Annotated[str, "resume (the model in out_dir) | gpt2 | gpt2-medium | ... | a GPT-2 folder"] = "resume"
+    out_dir: Annotated[str, "folder with the ckpt.pt of train.py or of nanoGPT"] = "out"
+    data_dir: Annotated[str, "where nanoGPT's checkpoints find DATASET/meta.pkl; ours carry their tokenizer"] = "data"
+    start: Annotated[str, 'the prompt: text, "FILE:prompt.txt", or "-" for standard input'] = "\n"
+    num_samples: Annotated[int, "how many samples; sample i is the same however many there are"] = 10
+    max_new_tokens: Annotated[int, "tokens to generate for each"] = 500
+    temperature: Annotated[float, "1: the model's own probabilities, lower: less random, 0: always the likeliest"] = 0.8
+    top_k: Annotated[int | None, "keep the k likeliest tokens; None: all"] = 200
+    top_p: Annotated[float | None, "keep the likeliest tokens that hold this much probability together"] = None
+    min_p: Annotated[float | None, "drop tokens less likely than this share of the likeliest"] = None
+    repetition_penalty: Annotated[float, "above 1: make tokens that have occurred less likely"] = 1.0
+    stop: Annotated[tuple[str, ...], "end a sample where this text appears; can be given more than once"] = ()
+    stream: Annotated[bool, "print each token as it comes"] = False
+    interactive: Annotated[bool, "ask for prompts, one a line, until end of file"] = False
+    kv_cache: Annotated[bool, "False: recompute the whole window for each token, as nanoGPT does"] = True
+    quantize: Annotated[Literal["int8"] | None, "int8: 8-bit matrix products, on x86 CPUs: faster, slightly worse"] = (
+        None
+    )
+
+
+@dataclass(kw_only=True)
+class SampleConfig(Machine, Sampling):
+    def __post_init__(self):
+        check_init_from(self.init_from, "resume")
+        at_least(self, 1, "num_samples", "max_new_tokens", "top_k")
+        at_least(self, 0, "temperature", "seed")
+        for key in ("top_p", "min_p"):
+            if getattr(self, key) is not None and not 0 < getattr(self, key) <= 1:
+                raise UserError(f"{key}={getattr(self, key)}: must be above 0 and at most 1")
+        if self.quantize and self.compile is True:
+            raise UserError(f"quantize={self.quantize!r}: does not work with compile=True")
+        if self.compile is True and not self.kv_cache:
+            raise UserError("compile=True: does not work with kv_cache=False, whose shapes change with each token")
+        if "" in self.stop:
+            raise UserError("stop='': no text at all would stop before it began")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise UserError(f"repetition_penalty={self.repetition_penalty}: must be from 0.01 to 100")
+
+
+@dataclass(kw_only=True)
+class Shakespeare:
+    input: Annotated[str | None, "take the text from this file; None: download it"] = None
+    data_dir: Annotated[str, "folder of data sets"] = "data"
+
+
+@dataclass(kw_only=True)
+class WebText:
+    limit: Annotated[int | None, "take only the first N documents; None: all"] = None
+    input: Annotated[tuple[str, ...], "take .parquet or .jsonl files, or a folder of them, instead of the hub's"] = ()
+    val_fraction: Annotated[float, "share of the documents that is kept for validation"] = 0.0005
+    data_dir: Annotated[str, "folder of data sets"] = "data"
+
+    def __post_init__(self):
+        at_least(self, 1, "limit")
+
+
+def check_init_from(init_from: str, *ours: str) -> None:
+    known = (*ours, "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+    if init_from not in known and not Path(init_from).is_dir():
+        raise UserError(f"init_from={init_from!r}: expected {' | '.join(known)} | a Hugging Face GPT-2 folder")
+
+
+def at_least(config: Any, low: int, *keys: str) -> None:
+    """UserError where one of `config`'s numbers is below `low`, nan, or 2**63 and more. None, "not set", passes."""
+    for key in keys:
+        value = getattr(config, key)
+        if value is not None and not value >= low:  # `not >=` also catches nan
+            raise UserError(f"{key}={value}: must be at least {low}")
+        if value is not None and not value < 2**63:
+            raise UserError(f"{key}={value}: too large")
