@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from kqv import ROOT, cli, settings
-from kqv.cli import UserError
+from kqv.errors import UserError
 from kqv.machine import cpu_name, git, peak_flops
 from kqv.measure import Measured, call, in_turn, limits, row, run
 from kqv.plan import flops_per_token, model_config, padded_vocab_size, parameters

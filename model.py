@@ -59,27 +59,25 @@ class GPTConfig:
         for key, accepted in choices.items():
             if getattr(self, key) not in tuple(accepted):
                 raise ValueError(f"{key}={getattr(self, key)!r}: expected {' | '.join(accepted)}")
-        for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_dim", "n_inner"):
+        sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_dim", "n_inner")
+        for key, least in (dict.fromkeys(sizes, 1) | {"short_conv": 0}).items():
             value = getattr(self, key)
-            if value is not None and not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{key}={value!r}: expected an int, at least 1")
-        if not (isinstance(self.short_conv, int) and self.short_conv >= 0):
-            raise ValueError(f"short_conv={self.short_conv!r}: expected an int, at least 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
+            if value is not None and not (isinstance(value, int) and value >= least):
+                raise ValueError(f"{key}={value!r}: expected an int, at least {least}")
         if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_kv_head = self.n_kv_head or self.n_head
         self.n_inner = self.n_inner or (8 * math.ceil(self.n_embd / 3) if self.mlp == "swiglu" else 4 * self.n_embd)
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
-        if not 0 < self.rope_theta < math.inf:
-            raise ValueError(f"rope_theta={self.rope_theta}: must be above 0")
-        if self.position == "rope" and self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd, and position=rope turns channels in pairs")
-        if self.position == "sinusoidal" and self.n_embd % 2:
-            raise ValueError(f"n_embd={self.n_embd} is odd, and position=sinusoidal fills channels in pairs")
+        impossible = {
+            f"dropout={self.dropout}: must be at least 0 and below 1": not 0 <= self.dropout < 1,
+            f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}": self.n_head % self.n_kv_head,
+            f"rope_theta={self.rope_theta}: must be above 0": not 0 < self.rope_theta < math.inf,
+            f"head_dim={self.head_dim} is odd, and rope turns pairs": self.position == "rope" and self.head_dim % 2,
+            f"n_embd={self.n_embd} is odd, and sines come in pairs": self.position == "sinusoidal" and self.n_embd % 2,
+        }
+        if wrong := [message for message, is_wrong in impossible.items() if is_wrong]:
+            raise ValueError(wrong[0])
 
 
 # -- positions: attention alone sees a set of tokens, not a sequence; these tell it the order ------------------------
@@ -90,15 +88,11 @@ POSITIONS = ("learned", "sinusoidal", "rope", "none")
 def sinusoidal_table(block_size: int, n_embd: int) -> Tensor:
     """PE(pos, 2i) = sin(pos / 10000^(2i/C)), PE(pos, 2i+1) = cos(the same); (block_size, C). arXiv:1706.03762, 3.5."""
     pos = torch.arange(block_size, dtype=torch.float64)[:, None]  # (T, 1)
-    wavelength = 10000 ** (torch.arange(0, n_embd, 2, dtype=torch.float64) / n_embd)  # (C/2)
-    angle = pos / wavelength  # (T, C/2)
+    angle = pos / 10000 ** (torch.arange(0, n_embd, 2, dtype=torch.float64) / n_embd)  # (T, C/2)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).float()  # (T, C): sin, cos, sin, cos, ...
 
 
-Rope = tuple[Tensor, Tensor]  # cos and sin, (T, D) each
-
-
-def rotary_table(pos: Tensor, head_dim: int, theta: float) -> Rope:
+def rotary_table(pos: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin, (T, D) each, of the angle by which each pair of channels turns at each position `pos` (T)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=pos.device, dtype=torch.float32) / head_dim)  # (D/2)
     angle = torch.outer(pos.float(), frequency).repeat(1, 2)  # (T, D): channel i is paired with i + D/2
@@ -132,8 +126,7 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout, mas
     # A sum of D products of unit variance has variance D; unscaled, the softmax would be all but one-hot from the
     # start and pass next to no gradient.
     scores = scores / math.sqrt(q.size(-1))
-    if mask is None:
-        mask = causal_mask(q.size(2), k.size(2), q.device)
+    mask = causal_mask(q.size(2), k.size(2), q.device) if mask is None else mask
     # exp(-inf) = 0: a token gives no weight to its future, so all T predictions can be trained in one pass
     scores = scores.masked_fill(~mask, -math.inf)
     weights = F.softmax(scores, dim=-1)  # (B, H, T, S): row t is the mixture that token t reads, it sums to 1
@@ -145,11 +138,9 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout, mask: T
     T, S = q.size(2), k.size(2)
     # is_causal lets the first query meet the first key: right only when T == S. A single query may attend to every key.
     is_causal = mask is None and T == S
-    if mask is None and 1 < T < S:
-        mask = causal_mask(T, S, q.device)
+    mask = causal_mask(T, S, q.device) if mask is None and 1 < T < S else mask
     dropout_p = dropout.p if dropout.training else 0.0
-    gqa = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, enable_gqa=gqa)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, enable_gqa=q.size(1) != k.size(1))
 
 
 ATTENTIONS = {"sdpa": sdpa_attention, "explicit": explicit_attention}
@@ -169,7 +160,6 @@ class KVCache:
         self.length = 0  # tokens held, S before the next append
 
     def clear(self) -> None:
-        """Forget all tokens."""
         self.length = 0
         for recent in self.recent:
             recent.zero_()
@@ -179,10 +169,7 @@ class KVCache:
         return torch.arange(self.length, self.length + T, device=self.k.device)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Add k, v (B, G, T, D); return all there are, (B, G, S, D), without a copy, and their mask if not causal_mask.
-
-        k and v of one row are written to all rows: a prompt that all samples share.
-        """
+        """Add k, v (B, G, T, D), one row to all rows; return all, (B, G, S, D), and their mask, None: causal_mask."""
         end = self.length + k.size(2)
         self.k[:, :, self.length : end] = k
         self.v[:, :, self.length : end] = v
@@ -198,13 +185,12 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
         self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
         # queries and keys of unit size keep the scores from growing during training (arXiv:2010.04245)
-        self.q_norm = NORMS[config.norm](config, self.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = NORMS[config.norm](config, self.head_dim) if config.qk_norm else nn.Identity()
-        self.attn_dropout = nn.Dropout(config.dropout)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        norms = (NORMS[config.norm](config, self.head_dim) if config.qk_norm else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = norms
+        self.attn_dropout, self.resid_dropout = nn.Dropout(config.dropout), nn.Dropout(config.dropout)
         self.attention = ATTENTIONS[config.attention]
 
-    def forward(self, x: Tensor, rope: Rope | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         # Each token makes a query (what it looks for), a key (what it can be found by), a value (what it then gives).
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2G, T, D)
@@ -212,9 +198,7 @@ class CausalSelfAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        mask = None
-        if cache is not None:
-            k, v, mask = cache.append(k, v)  # (B, G, S, D) twice
+        k, v, mask = (k, v, None) if cache is None else cache.append(k, v)  # (B, G, S, D) twice, (T, S)
         y = self.attention(q, k, v, self.attn_dropout, mask)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H*D): the heads side by side
         return self.resid_dropout(self.c_proj(y))  # (B, T, C): mix what the heads found, back into the stream
@@ -257,7 +241,7 @@ class ShortConv(nn.Module):
     """x[t] + w[n-1] x[t-1] + ... + w[0] x[t-n], each channel with its own weights; zeros stand before the first token.
 
     A token need not learn attention to know its neighbours, as with Canon layers (Allen-Zhu 2025, arXiv:2512.17351).
-    Of n = short_conv = 0 earlier tokens nothing is mixed in, and there are no weights.
+    With n = short_conv = 0 there are no weights, and x stays as it is.
     """
 
     def __init__(self, config: GPTConfig, place: int):
@@ -304,7 +288,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.conv_1, self.conv_2 = ShortConv(config, place=0), ShortConv(config, place=1)
 
-    def forward(self, x: Tensor, rope: Rope | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
         x = self.conv_1(x, cache)  # (B, T, C)
         x = x + self.attn(self.ln_1(x), rope, cache)  # (B, T, C)
         return x + self.mlp(self.conv_2(self.ln_2(x), cache))  # (B, T, C)
@@ -334,17 +318,14 @@ class GPT(nn.Module):
 
     def init_weights(self) -> None:
         for name, parameter in self.named_parameters():
-            if not parameter.requires_grad:  # the sinusoidal table
-                continue
+            # 2 n_layer branches add to the residual stream; scaled so, their sum has the size of one (GPT-2, 2.3)
+            std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 1:  # gains of the norms
                 nn.init.ones_(parameter)
-            elif name.endswith("c_proj.weight"):
-                # 2 n_layer branches add to the residual stream; scaled so, their sum has the size of one (GPT-2, 2.3)
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
-            else:
-                nn.init.normal_(parameter, std=0.02)
+            elif parameter.requires_grad:  # all but the sinusoidal table
+                nn.init.normal_(parameter, std=std)
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: list[KVCache] | None = None
@@ -361,15 +342,13 @@ class GPT(nn.Module):
 
     def hidden_states(self, x: Tensor, cache: list[KVCache] | None = None) -> Tensor:
         """Token embeddings (B, T, C) -> what the head reads, (B, T, C). kqv/loss.py puts its own loss after it."""
-        T = x.size(1)
-        end = T if cache is None else cache[0].length + T
+        end = x.size(1) + (0 if cache is None else cache[0].length)
         assert end <= self.config.block_size, f"{end} tokens do not fit block_size={self.config.block_size}"
-        pos = torch.arange(T, device=x.device) if cache is None else cache[0].positions(T)  # (T)
+        pos = torch.arange(end, device=x.device) if cache is None else cache[0].positions(x.size(1))  # (T)
         if "wpe" in self.transformer:
             x = x + self.transformer.wpe(pos)  # (B, T, C) + (T, C)
-        rope = None
-        if self.config.position == "rope":
-            rope = rotary_table(pos, self.config.head_dim, self.config.rope_theta)  # (T, D) twice
+        c = self.config
+        rope = rotary_table(pos, c.head_dim, c.rope_theta) if c.position == "rope" else None  # (T, D) twice
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, rope, None if cache is None else cache[layer])  # (B, T, C)
@@ -377,27 +356,18 @@ class GPT(nn.Module):
 
     def num_params(self) -> int:
         """Weights that take part in matrix products: all but embeddings that are only looked up."""
+        looked_up = ["wpe"] * ("wpe" in self.transformer) + ["wte"] * (not self.config.tie_embeddings)
         n = sum(parameter.numel() for parameter in self.parameters())
-        if "wpe" in self.transformer:
-            n -= self.transformer.wpe.weight.numel()
-        return n if self.config.tie_embeddings else n - self.transformer.wte.weight.numel()
+        return n - sum(self.transformer[name].weight.numel() for name in looked_up)
 
     def flops_per_token(self, T: int | None = None) -> int:
         """Forward and backward, for one token of T (default block_size), as PaLM counts (arXiv:2204.02311, B).
 
-        Each weight: a multiply and an add forward, twice that backward. Each layer: 2 T H D for Q K^T and again for
-        weights @ V, again three times; the half that the causal mask saves is, by convention, not taken off.
+        6 for each weight: a multiply and an add forward, twice that backward. Each layer: 2 T H D for Q K^T, again for
+        weights @ V, and three times both; the half that the causal mask saves is, by convention, not taken off.
         """
         c = self.config
         return 6 * self.num_params() + 12 * c.n_layer * c.n_head * c.head_dim * (T or c.block_size)
-
-    def crop_block_size(self, block_size: int) -> None:
-        """Shorten the context, in place: forget the positions from block_size on."""
-        assert block_size <= self.config.block_size
-        self.config.block_size = block_size
-        if "wpe" in self.transformer:
-            wpe = self.transformer.wpe
-            wpe.weight.data, wpe.num_embeddings = wpe.weight.data[:block_size].clone(), block_size
 
     @torch.inference_mode()
     def generate(
@@ -412,16 +382,13 @@ class GPT(nn.Module):
     ) -> Iterator[Tensor]:
         """Continue idx (B, T): yield the next token of each sequence, (B, 1), max_new_tokens times.
 
-        There is a generator for each sequence; idx (1, T) is a prompt that all share, and is read once.
-        Ids from `vocab_size` on (padding of the head) are never drawn; `generators` and `sampling`: see next_token.
+        There is a generator for each sequence; idx (1, T) is a prompt that all share, and is read once. Ids from
+        `vocab_size` on (padding of the head) are never drawn. For `generators` and `sampling` see next_token.
         A full cache is filled again from the most recent half of block_size, so that the cost of a token stays bounded;
-        kv_cache=False recomputes the last block_size tokens for each. `forward` is a faster stand-in for the model's
-        own, see kqv/generate.py.
+        kv_cache=False recomputes the last block_size tokens for each. kqv/generate.py has a faster `forward`.
         """
         block_size, B, forward = self.config.block_size, len(generators), forward or self
-        cache = None
-        if kv_cache:
-            cache = [KVCache(self.config, B, like=self.transformer.wte.weight) for _ in self.transformer.h]
+        cache = [KVCache(self.config, B, like=self.lm_head.weight) for _ in self.transformer.h] if kv_cache else None
         new, idx = idx[:, -block_size:], idx.expand(B, -1)  # (1 or B, T), (B, T)
         for _ in range(max_new_tokens):
             if cache is None:
@@ -430,8 +397,7 @@ class GPT(nn.Module):
                 for layer in cache:
                     layer.clear()
                 new = idx[:, -max(1, block_size // 2) :]
-            logits, _ = forward(new, cache=cache)  # (1 or B, 1, V)
-            logits = logits[:, -1, :vocab_size].expand(B, -1)  # (B, V)
+            logits = forward(new, cache=cache)[0][:, -1, :vocab_size].expand(B, -1)  # (1 or B, 1, V) -> (B, V)
             new = next_token(logits, generators, seen=idx, **sampling)  # (B, 1)
             idx = torch.cat((idx, new), dim=1)  # (B, T + 1)
             yield new
@@ -472,8 +438,7 @@ def next_token(
         logits = logits.scatter(1, seen, penalized)
     if temperature < 1e-5:  # dividing by less would overflow
         return logits.argmax(dim=-1, keepdim=True)
-    k = min(top_k or logits.size(-1), logits.size(-1))
-    logits, ids = logits.topk(k)  # (B, k) each, the likeliest first
+    logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k) each, the likeliest first
     probs = F.softmax(logits / temperature, dim=-1)
     if top_p is not None:
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)  # the first stays whatever top_p is

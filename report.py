@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from kqv import cli
-from kqv.cli import UserError
+from kqv.errors import UserError
 from kqv.rundir import read_config, read_metrics, write_whole
 
 if TYPE_CHECKING:

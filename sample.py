@@ -7,6 +7,11 @@ python sample.py --init_from=gpt2 --start="What is the answer to life, the unive
 The text goes to standard output, all else to standard error.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while Python imports ends quietly, without a traceback
+
 import codecs
 import io
 import sys
@@ -14,7 +19,8 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from kqv.cli import UserError, one_line_errors, parse_command_line
+from kqv.cli import parse_command_line
+from kqv.errors import UserError, one_line_errors
 from kqv.settings import SampleConfig
 
 # Before torch is imported, so that --help and a misspelt setting are answered at once.
@@ -23,6 +29,7 @@ SETTINGS = parse_command_line(SampleConfig, __doc__) if __name__ == "__main__" e
 import torch
 
 from kqv import checkpoint
+from kqv.build import restore_model
 from kqv.data import find_dataset, read_meta
 from kqv.generate import CompiledForward
 from kqv.machine import resolve_device, resolve_dtype
@@ -82,7 +89,7 @@ def load(cfg: SampleConfig) -> tuple[GPT, Tokenizer]:
     if not path.is_file():
         path = next((p for p in (path / "best.pt", path / "ckpt.pt") if p.is_file()), path / "ckpt.pt")
     saved = checkpoint.load(path, mmap=True)  # the optimizer's part stays on the disk
-    model = checkpoint.restore_model(saved, path, GPT, GPTConfig, dropout=0.0)
+    model = restore_model(saved, path, GPT, GPTConfig, dropout=0.0)
     if "tokenizer" in saved:
         description = saved["tokenizer"]
     elif model.config.vocab_size >= 50257:  # nanoGPT's own checkpoints name a data set, not a tokenizer
@@ -126,52 +133,44 @@ def with_progress(steps: Iterable, total: int) -> Iterable:
     return track(steps, "writing", total, console=Console(stderr=True), transient=True)
 
 
-def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
-    if cfg.interactive and origin["start"] != "default":
-        raise UserError("start: --interactive asks for its prompts, so it takes none on the command line")
+def make_fast(model: GPT, cfg: SampleConfig, batch_size: int) -> CompiledForward | None:
+    """Move the model to its device and dtype and speed it up; returns a stand-in for its forward pass, if any."""
     device = resolve_device(cfg.device)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # on H100 it plans anew for each length of the cache, at 20 ms and more
     # 8 bits are made of float32, not of 16-bit numbers that have been rounded already
     dtype = torch.float32 if cfg.quantize and cfg.dtype == "auto" else resolve_dtype(cfg.dtype, device)
-    model, tokenizer = load(cfg)
     for parameter in model.parameters():  # generating reads every weight for every token: half the bytes, half the time
         parameter.data = parameter.data.to(device, dtype)
     model.eval()
-    if cfg.interactive:
-        cfg.num_samples = 1 if origin["num_samples"] == "default" else cfg.num_samples
-    # streamed samples come one after the other; each draws from its own seed, so they are the same as side by side
-    one_by_one = cfg.stream or cfg.interactive
-    forward = None
-    if cfg.compile is True:  # on GPUs a step is then one CUDA graph; "auto": on CPUs it gains nothing
+    if cfg.compile is True:  # not "auto": on CPUs it gains nothing
         print("compiling the model takes half a minute", file=sys.stderr)
-        forward = CompiledForward(model)
-    else:
-        pack(model, 1 if one_by_one else cfg.num_samples, cfg.quantize)
+        return CompiledForward(model)
+    pack(model, batch_size, cfg.quantize)
+    return None
 
-    def generate(prompt: str, samples: Sequence[int], stream: bool) -> int:
-        """Write a continuation of the prompt for each number in `samples`, side by side; returns the tokens made."""
-        ids = encode_prompt(tokenizer, prompt)
-        if not ids:
-            raise UserError("start is empty: the model needs at least one token to go on from")
-        idx = torch.tensor([ids], device=device)  # (1, T), read once for all samples
-        texts = [Text(tokenizer, cfg.stop) for _ in samples]
-        tokens = model.generate(
-            idx,
-            cfg.max_new_tokens,
-            [torch.Generator().manual_seed(cfg.seed + sample) for sample in samples],
-            vocab_size=tokenizer.vocab_size,
-            kv_cache=cfg.kv_cache,
-            forward=forward,
-            temperature=cfg.temperature,
-            top_k=cfg.top_k,
-            top_p=cfg.top_p,
-            min_p=cfg.min_p,
-            repetition_penalty=cfg.repetition_penalty,
-        )
-        made = 0
-        if stream:
-            print(prompt, end="", flush=True)
-        for new in tokens if stream else with_progress(tokens, cfg.max_new_tokens):
+
+def write(
+    model: GPT,
+    tokenizer: Tokenizer,
+    forward: CompiledForward | None,
+    prompt: str,
+    samples: Sequence[int],
+    stream: bool,
+    cfg: SampleConfig,
+) -> int:
+    """Print a continuation of the prompt for each number in `samples`, made side by side; returns the tokens made."""
+    ids = encode_prompt(tokenizer, prompt)
+    if not ids:
+        raise UserError("start is empty: the model needs at least one token to go on from")
+    idx = torch.tensor([ids], device=model.transformer.wte.weight.device)  # (1, T), read once for all samples
+    generators = [torch.Generator().manual_seed(cfg.seed + sample) for sample in samples]
+    options = {key: getattr(cfg, key) for key in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+    options |= {"vocab_size": tokenizer.vocab_size, "kv_cache": cfg.kv_cache, "forward": forward}
+    tokens = model.generate(idx, cfg.max_new_tokens, generators, **options)
+    texts, made = [Text(tokenizer, cfg.stop) for _ in samples], 0
+    if stream:
+        print(prompt, end="", flush=True)
+    try:
+        for new in tokens if stream else with_progress(tokens, cfg.max_new_tokens):  # (B, 1)
             made += sum(not text.done for text in texts)
             for text, token in zip(texts, new[:, 0].tolist(), strict=True):
                 text.add(token)
@@ -179,23 +178,37 @@ def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
                 print(texts[0].ready(), end="", flush=True)
             if all(text.done for text in texts):
                 break
-        for sample, text in zip(samples, texts, strict=True):
-            rest = text.finish()
-            print(rest if stream else prompt + text.text)
-            if sample < cfg.num_samples - 1:
-                print(SEPARATOR)
-        return made
+    except FloatingPointError as error:
+        raise UserError(str(error)) from None
+    for sample, text in zip(samples, texts, strict=True):
+        rest = text.finish()
+        print(rest if stream else prompt + text.text)
+        if sample < cfg.num_samples - 1:
+            print(SEPARATOR)
+    return made
+
+
+def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
+    if cfg.interactive and origin["start"] != "default":
+        raise UserError("start: --interactive asks for its prompts, so it takes none on the command line")
+    if cfg.interactive and origin["num_samples"] == "default":
+        cfg.num_samples = 1
+    # streamed samples come one after the other; each draws from its own seed, so they are the same as side by side
+    one_by_one = cfg.stream or cfg.interactive
+    batches = [[sample] for sample in range(cfg.num_samples)] if one_by_one else [range(cfg.num_samples)]
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on H100 it plans anew for each length of the cache, at 20 ms and more
+    resolve_device(cfg.device)  # a device that is not there is named before the model is read
+    model, tokenizer = load(cfg)
+    forward = make_fast(model, cfg, batch_size=len(batches[0]))
 
     started, made = time.perf_counter(), 0
     if cfg.interactive:
         print("one prompt per line, Ctrl-D to end", file=sys.stderr)
-    prompts = iter_prompts() if cfg.interactive else [read_prompt(cfg.start)]
-    for prompt in prompts:
-        batches = [[i] for i in range(cfg.num_samples)] if one_by_one else [range(cfg.num_samples)]
+    for prompt in iter_prompts() if cfg.interactive else [read_prompt(cfg.start)]:
         for samples in batches:
             try:
-                made += generate(prompt, samples, stream=one_by_one)
-            except UserError as error:  # a prompt the tokenizer cannot read should not end the conversation
+                made += write(model, tokenizer, forward, prompt, samples, one_by_one, cfg)
+            except UserError as error:  # a prompt that the tokenizer cannot read should not end the conversation
                 if not cfg.interactive:
                     raise
                 print(f"error: {error}", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""Checkpoints: one file with all that a run needs to go on, and a sampler to write. Reads nanoGPT's too.
+"""Checkpoints: one file with all that a run needs to go on, or a sampler to write. Reads nanoGPT's files too.
 
-Nothing but tensors and plain Python values goes in, and nothing in a file is run when it comes out (weights_only).
+A file holds tensors and plain Python values only, and nothing in a file is executed when it is loaded (weights_only).
 """
 
 import contextlib
@@ -13,36 +13,101 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from kqv.cli import UserError
-from kqv.rundir import snapshots
+from kqv.errors import UserError
+from kqv.machine import utc_now
+from kqv.rundir import BEST, LAST, checkpoints, snapshot_name, snapshots
 
 # what unpickling bytes that are not a checkpoint can raise
 DAMAGE = (RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError, AssertionError, struct.error)
 DAMAGE += (ArithmeticError,)  # float(10**400)
 SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # GradScaler's state
+MOMENTS = {"optimizer": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}}  # of AdamW, of Muon
+
+
+@dataclass
+class LoopState:
+    """What the training loop knows besides weights and optimizers; a checkpoint holds each field under its name."""
+
+    iter_num: int = 0  # updates that the weights have had
+    sequences: int = 0  # sequences that they were trained on, and the place of the next in the run's order
+    tokens: int = 0  # tokens that they were trained on
+    elapsed_seconds: float = 0.0  # of the training clock
+    val_loss: float = math.nan  # of the last evaluation
+    best_val_loss: float = math.inf
+    evals_since_best: int = 0  # what patience counts
+    evaluated_iter: int = -1  # of the last evaluation that was counted: a resumed run repeats it
+    bad_steps: list[int] = field(default_factory=lambda: [0, 0, -1])  # the fields of bad_steps.Skipped
+    recent_losses: list[float] = field(default_factory=list)
+    wandb_id: str | None = None
+
+    @classmethod
+    def from_checkpoint(cls, saved: dict[str, Any], sequences_per_iter: int, tokens_per_iter: int) -> "LoopState":
+        """The state as it was saved; what nanoGPT and older files do not hold follows from the iteration."""
+        iter_num = saved["iter_num"]
+        counted = {"sequences": iter_num * sequences_per_iter, "tokens": iter_num * tokens_per_iter}
+        counted["val_loss"] = saved["best_val_loss"]
+        return cls(**counted | {entry.name: saved[entry.name] for entry in fields(cls) if entry.name in saved})
+
+    def progress(self, elapsed_seconds: float) -> dict[str, Any]:
+        """What each line of metrics.jsonl begins with."""
+        return {"iter": self.iter_num, "time": utc_now(), "elapsed_seconds": elapsed_seconds, "tokens": self.tokens}
+
+    def evaluated(self, val_loss: float) -> bool:
+        """Take note of an evaluation; returns whether it is the best so far."""
+        improved = val_loss < self.best_val_loss
+        self.val_loss, self.best_val_loss = val_loss, min(val_loss, self.best_val_loss)
+        if self.iter_num != self.evaluated_iter:  # a resumed run evaluates again what the saved one had counted
+            self.evals_since_best = 0 if improved else self.evals_since_best + 1
+        self.evaluated_iter = self.iter_num
+        return improved
+
+    def forget_best(self) -> None:
+        """Let best and patience begin anew: losses on other data or with another context cannot be compared."""
+        self.best_val_loss, self.evals_since_best, self.evaluated_iter, self.recent_losses = math.inf, 0, -1, []
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+class ErrorKeeper:
+    """A file that keeps the OSError of a failed write: torch.save raises a RuntimeError that does not say why."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.error = file, None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def save(checkpoint: dict[str, Any], out_dir: Path, best: bool, keep_last: int = 0) -> None:
-    """Write out_dir/ckpt.pt, and the same as best.pt where it is the best so far, and as ckpt-ITERATION.pt where the
-    last few are kept. Whole or not at all: OSError where it could not be written, and what there was is still there.
+    """Write out_dir/ckpt.pt; if `best` the same as best.pt, and if keep_last as ckpt-ITERATION.pt.
 
-    The new file takes the old one's place in one rename, after its bytes have reached the disk.
+    Atomic: on failure raises OSError and leaves the previous files intact. The new file takes the old one's place in
+    one rename, after its bytes have reached the disk.
     """
-    new = out_dir / "ckpt.pt.new"
-    names = ["best.pt"] * best + [f"ckpt-{checkpoint['iter_num']:08d}.pt"] * (keep_last > 0)
+    new = out_dir / f"{LAST}.new"
+    names = [BEST] * best + [snapshot_name(checkpoint["iter_num"])] * (keep_last > 0)
     try:
         with new.open("wb") as file:
+            writer = ErrorKeeper(file)
             try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch's writer does not say why: the disk is full, or a quota is
-                raise OSError(f"could not write {new}: {str(error).splitlines()[0]}") from error
+                torch.save(checkpoint, writer)
+            except (RuntimeError, OSError) as error:
+                reason = writer.error or OSError(str(error).splitlines()[0])
+                raise OSError(f"could not write {new}: {reason.strerror or reason}") from error
             file.flush()
             os.fsync(file.fileno())
         for name in names:
@@ -53,7 +118,7 @@ def save(checkpoint: dict[str, Any], out_dir: Path, best: bool, keep_last: int =
             except OSError:  # a file system without hard links
                 shutil.copyfile(new, twin)
             twin.replace(out_dir / name)
-        new.replace(out_dir / "ckpt.pt")
+        new.replace(out_dir / LAST)
     finally:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
@@ -64,72 +129,53 @@ def save(checkpoint: dict[str, Any], out_dir: Path, best: bool, keep_last: int =
             old.unlink()
 
 
-def find(out_dir: Path) -> list[Path]:
-    """The checkpoints there are, the last state first, then its predecessors. (Copying a folder loses their times.)"""
-    return [path for path in (out_dir / "ckpt.pt", *snapshots(out_dir).values(), out_dir / "best.pt") if path.exists()]
+# -- loading -----------------------------------------------------------------------------------------------------------
 
 
 def load_newest(out_dir: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """The newest checkpoint that is whole, and a line for each newer one that is not. UserError: there is none."""
-    for path in (found := find(out_dir)):
+    """The newest checkpoint that is whole, after a line for each newer one that is not. UserError if there is none."""
+    for path in (found := checkpoints(out_dir)):
         try:
             return load(path)
         except UserError as error:
             if path == found[-1]:
                 raise
             say(f"{error}; trying the one before it")
-    raise UserError(f"no checkpoint {out_dir / 'ckpt.pt'}")
+    raise UserError(f"no checkpoint {out_dir / LAST}")
 
 
 def load(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; UserError in one line where it is none, is damaged, or would run code.
+    """Read a checkpoint onto the CPU. UserError if it is none, is damaged, or would run code.
 
-    Keys: "model" (weights of the bare model), "model_args", "config", "iter_num", "best_val_loss", and where the file
-    has them "optimizer", "scaler", "tokenizer", ... With mmap, weights are read from the file when they are used.
+    Keys: "model" (weights of the bare model), "model_args", "config", "iter_num", "best_val_loss", and if the file has
+    them "optimizer", "scaler", "tokenizer", ... With mmap, weights are read from the file when they are used.
     """
     if not path.is_file():
         raise UserError(f"no checkpoint {path}")
-    try:  # what torch.save writes is a zip archive, and so has a checksum of each part
-        with zipfile.ZipFile(path) as archive:
-            # PyTorch packs nothing; its reader leaves memory as it was where a part is marked as a folder (DOS bit 4)
-            odd = (part.filename for part in archive.infolist() if part.compress_type or part.external_attr & 0x10)
-            damaged = next(odd, None) or archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, OSError, *DAMAGE):
-        raise UserError(f"{path} is not a checkpoint, or is cut short") from None
-    if damaged:
-        raise UserError(f"{path} is damaged: the checksum of its part {damaged} is wrong, or it is packed")
+    check_archive(path)
     try:
         with warnings.catch_warnings():  # of pickle versions that torch does not write
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if not isinstance(checkpoint, dict):
-            raise TypeError(f"{type(checkpoint).__name__} where a dict is due")
-        weights = checkpoint["model"]
-        plain = {
+            raise TypeError(f"{type(checkpoint).__name__} instead of a dict")
+        # torch.compile's wrapper leaves a prefix in nanoGPT's files, its old attention a mask
+        weights = {
+            name.removeprefix("_orig_mod."): tensor
+            for name, tensor in checkpoint["model"].items()
+            if not name.endswith(".attn.bias")
+        }
+        checkpoint |= {
+            "model": weights,
             "model_args": dict(checkpoint["model_args"]),
             "config": dict(checkpoint.get("config", {})),
-            "iter_num": checkpoint["iter_num"],
             "best_val_loss": as_float(checkpoint["best_val_loss"]),
             "elapsed_seconds": as_float(checkpoint.get("elapsed_seconds", 0.0)),
         }
-        check_loop(checkpoint | plain)
-        # torch.compile's wrapper leaves a prefix in nanoGPT's files, its old attention a mask
-        model = {
-            name.removeprefix("_orig_mod."): tensor
-            for name, tensor in weights.items()
-            if not name.endswith(".attn.bias")
-        }
-        check_tensors(model)
-        if not mmap:  # whoever maps the file does not want the moments
-            for key, due in (("optimizer", {"step", "exp_avg", "exp_avg_sq"}), ("muon", {"momentum_buffer"})):
-                for moments in (checkpoint.get(key) or {"state": {}})["state"].values():
-                    check_tensors(moments)
-                    if missing := due - moments.keys():
-                        raise KeyError(f"the optimizer's {min(missing)}")
-                    if key == "optimizer" and (moments["step"].numel() != 1 or moments["step"] < 0):
-                        raise ValueError("the optimizer's step count is not a possible value")
-                    if key == "optimizer" and (moments["exp_avg_sq"] < 0).any():
-                        raise ValueError("the optimizer's average of squares cannot be negative")
+        check_loop(checkpoint)
+        check_tensors(weights)
+        if not mmap:  # a caller that maps the file does not read the moments
+            check_moments(checkpoint)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL:? (\S+)", str(error), re.IGNORECASE)
         reason = f"it would run code ({named[1]})" if named else "not a checkpoint, or cut short"
@@ -137,44 +183,58 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
     except DAMAGE as error:
         detail = str(error).strip().split("\n")[0]
         raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}: {detail})") from None
-    return checkpoint | plain | {"model": model}
+    return checkpoint
+
+
+def check_archive(path: Path) -> None:
+    """UserError if the file is not a zip archive, as torch.save writes, or if the checksum of a part is wrong."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # PyTorch packs nothing; its reader leaves memory as it was if a part is marked as a folder (DOS bit 4)
+            odd = (part.filename for part in archive.infolist() if part.compress_type or part.external_attr & 0x10)
+            damaged = next(odd, None) or archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, OSError, *DAMAGE):
+        raise UserError(f"{path} is not a checkpoint, or is cut short") from None
+    if damaged:
+        raise UserError(f"{path} is damaged: the checksum of its part {damaged} is wrong, or it is packed")
 
 
 def as_float(value: Any) -> float:
     if isinstance(value, str):  # float() would read it
-        raise TypeError(f"{value[:20]!r} where a number is due")
+        raise TypeError(f"{value[:20]!r} instead of a number")
     return float(value)  # nanoGPT's best_val_loss is a tensor
 
 
-def check_loop(state: dict[str, Any]) -> None:
-    """ValueError where the training loop cannot have saved this."""
+def check_loop(checkpoint: dict[str, Any]) -> None:
+    """ValueError if the training loop cannot have saved these values."""
 
     def is_count(value: Any, low: int = 0) -> bool:
         return type(value) is int and low <= value < 2**63
 
-    recent = state.get("recent_losses", [])
-    bad_steps, scaler = state.get("bad_steps", [0, 0, -1]), state.get("scaler") or {}
-    sound = {
-        "iter_num": is_count(state["iter_num"]),
-        "sequences": is_count(state.get("sequences", 0)),
-        "tokens": is_count(state.get("tokens", 0)),
-        "best_val_loss": state["best_val_loss"] >= 0,  # nan is not
-        "elapsed_seconds": 0 <= state["elapsed_seconds"] < math.inf,
-        "val_loss": isinstance(state.get("val_loss", 0.0), float),  # nan before the first evaluation
-        "evals_since_best": is_count(state.get("evals_since_best", 0)),
-        "evaluated_iter": is_count(state.get("evaluated_iter", -1), low=-1),
-        "bad_steps": isinstance(bad_steps, list) and len(bad_steps) == 3 and all(is_count(n, -1) for n in bad_steps),
-        "recent_losses": isinstance(recent, list) and all(isinstance(n, float) and math.isfinite(n) for n in recent),
+    state = LoopState.from_checkpoint(checkpoint, 0, 0)
+    scaler = checkpoint.get("scaler") or {}
+    possible = {
+        "iter_num": is_count(state.iter_num),
+        "sequences": is_count(state.sequences),
+        "tokens": is_count(state.tokens),
+        "best_val_loss": state.best_val_loss >= 0,  # nan is not
+        "elapsed_seconds": 0 <= state.elapsed_seconds < math.inf,
+        "val_loss": isinstance(state.val_loss, float),  # nan before the first evaluation
+        "evals_since_best": is_count(state.evals_since_best),
+        "evaluated_iter": is_count(state.evaluated_iter, low=-1),
+        "bad_steps": isinstance(state.bad_steps, list) and [is_count(n, -1) for n in state.bad_steps] == [True] * 3,
+        "recent_losses": isinstance(state.recent_losses, list)
+        and all(isinstance(n, float) and math.isfinite(n) for n in state.recent_losses),
         "scaler": not scaler or (scaler.keys() == SCALER and all(0 <= as_float(n) < math.inf for n in scaler.values())),
-        "tokenizer": isinstance(state.get("tokenizer", {}), dict),
-        "wandb_id": isinstance(state.get("wandb_id"), str | None),
+        "tokenizer": isinstance(checkpoint.get("tokenizer", {}), dict),
+        "wandb_id": isinstance(state.wandb_id, str | None),
     }
-    if wrong := [key for key, is_sound in sound.items() if not is_sound]:
+    if wrong := [key for key, is_possible in possible.items() if not is_possible]:
         raise ValueError(f"its {wrong[0]} is not a possible value")
 
 
 def check_tensors(tensors: dict[str, Any]) -> None:
-    """ValueError where one is not a whole tensor of finite numbers in memory (but sparse, quantized, expanded, ...)."""
+    """ValueError if one is not a whole tensor of finite numbers in memory, but sparse, quantized, expanded, ..."""
     for name, tensor in tensors.items():
         if not torch.is_tensor(tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise ValueError(f"{name} is not a tensor in memory")
@@ -184,38 +244,14 @@ def check_tensors(tensors: dict[str, Any]) -> None:
             raise ValueError(f"{name} holds numbers that are not all finite: the run had diverged")
 
 
-def restore_model(saved: dict[str, Any], path: Path, model_class: type, config_class: type, **overrides: Any) -> Any:
-    """The checkpoint's model, on the CPU, with `overrides` of its config that leave the weights alone (dropout)."""
-    try:
-        args, kinds = saved["model_args"], get_type_hints(config_class)
-        for key, value in args.items():
-            if not isinstance(value, kinds[key] | int) or value != value:  # an int is a float too, but nan is none
-                raise TypeError(f"{key}={value!r}")
-        weights = {name: tensor.float() for name, tensor in saved["model"].items()}  # if saved as 16 bits
-        if args.get("n_layer", 0) > len(weights):  # so many empty layers would take for ever to make
-            raise ValueError(f"n_layer={args['n_layer']} and {len(weights)} weights")
-        return build_model(model_class, config_class(**args | overrides), weights)
-    except DAMAGE as error:
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is damaged: its weights are not those of its model_args ({detail})") from None
-
-
-def build_model(model_class: type, config: Any, weights: dict[str, Tensor]) -> Any:
-    """A model that takes `weights` (name -> tensor) as its own, without initialising or copying."""
-    with torch.device("meta"), SkipInit():
-        model = model_class(config)
-    if config.tie_embeddings:
-        weights = weights | {"lm_head.weight": weights["transformer.wte.weight"]}
-    model.load_state_dict(weights, assign=True)
-    if config.tie_embeddings:
-        model.lm_head.weight = model.transformer.wte.weight
-    return model
-
-
-class SkipInit(TorchFunctionMode):
-    """Leave weights as they are: those of "meta" hold nothing, and initialising them would import torch._dynamo."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
-        return function(*args, **kwargs or {})
+def check_moments(checkpoint: dict[str, Any]) -> None:
+    """KeyError or ValueError if the optimizers' states are not what AdamW and Muon can have saved."""
+    for key, names in MOMENTS.items():
+        for moments in (checkpoint.get(key) or {"state": {}})["state"].values():
+            check_tensors(moments)
+            if missing := names - moments.keys():
+                raise KeyError(f"the optimizer's {min(missing)}")
+            if "step" in names and (moments["step"].numel() != 1 or moments["step"] < 0):
+                raise ValueError("the optimizer's step count is not a possible value")
+            if "exp_avg_sq" in names and (moments["exp_avg_sq"] < 0).any():
+                raise ValueError("the optimizer's average of squares cannot be negative")

@@ -1,4 +1,4 @@
-"""Command line and config files -> settings, and what goes wrong -> one line.
+"""Command line and config files -> settings.
 
 A command's settings are one flat dataclass, whose fields are its options: defaults < config files < --key=value.
 A config file is plain Python that assigns some of the same names:
@@ -12,28 +12,20 @@ import inspect
 import io
 import numbers
 import os
-import re
 import runpy
+import signal
 import sys
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from kqv import ROOT
+from kqv.errors import UserError, one_line_errors
 
 Settings = TypeVar("Settings")
 TYPE_NAMES = {bool: "True | False", int: "int", float: "float", str: "text", type(None): "None"}
-# imported where they are used; pip installs each under the name that is imported
-OPTIONAL_PACKAGES = {"datasets", "huggingface_hub", "matplotlib", "numpy", "pyarrow", "requests", "rich", "safetensors"}
-OPTIONAL_PACKAGES |= {"tiktoken", "torch", "transformers", "typer", "wandb"}
-
-
-class UserError(Exception):
-    """Something that the user can cause and mend. A command prints the message, one line, and exits with 2."""
-
 
 # -- one value ---------------------------------------------------------------------------------------------------------
 
@@ -96,13 +88,7 @@ def read_config_file(path: str, kinds: dict[str, Any]) -> dict[str, Any]:
         assigned = runpy.run_path(str(found))
     except (Exception, SystemExit) as error:  # it is the user's own program, so it can raise anything
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
-    own = set()
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            own |= {name.asname or name.name.split(".")[0] for name in node.names}
-        elif isinstance(node, (ast.For, ast.With)):
-            targets = [node.target] if isinstance(node, ast.For) else [item.optional_vars for item in node.items]
-            own |= {name.id for target in targets if target for name in ast.walk(target) if isinstance(name, ast.Name)}
+    own = names_of_its_own(tree)
     values = {}
     for key, value in assigned.items():
         if key.startswith("_") or key in own or (callable(value) and key not in kinds):
@@ -114,6 +100,18 @@ def read_config_file(path: str, kinds: dict[str, Any]) -> dict[str, Any]:
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
     return values
+
+
+def names_of_its_own(tree: ast.Module) -> set[str]:
+    """What a config file imports, and the variables of its `for` and `with`: these are no settings."""
+    own = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            own |= {name.asname or name.name.split(".")[0] for name in node.names}
+        for target in getattr(node, "target", None), getattr(node, "optional_vars", None):
+            if target is not None and not isinstance(node, (ast.AnnAssign, ast.AugAssign, ast.NamedExpr)):
+                own |= {name.id for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return own
 
 
 def split_arguments(arguments: list[str], kinds: dict[str, Any]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -205,62 +203,13 @@ def print_help(cls: type, doc: str) -> None:
     typer.main.get_command(app).main(["--help"], prog_name=Path(sys.argv[0]).name, standalone_mode=False)
 
 
-def restore(
-    config: Settings, origin: dict[str, str], saved: dict[str, Any], but: set[str]
-) -> tuple[Settings, dict[str, str]]:
-    """A resumed run's settings: what was not given this time (and is not among `but`) is as it was saved."""
-    hints = get_type_hints(type(config))
-    keys = [key for key in saved if origin.get(key) == "default" and key not in but]
-    values = {key: convert(key, saved[key], hints[key]) for key in keys}
-    return replace(config, **values), origin | dict.fromkeys(keys, "checkpoint")
-
-
-# -- a command from its first line to its exit code --------------------------------------------------------------------
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """End in one line on stderr and exit code 2 for a UserError, a missing package, an OSError or too little memory.
-
-    Any other exception is a bug and keeps its traceback.
-    """
-    try:
-        yield
-        sys.stdout.flush()
-    except UserError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        fail("interrupted", code=130)
-    except BrokenPipeError:  # the reader of our output, `head` say, has gone
-        discard_output()
-        sys.exit(1)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in OPTIONAL_PACKAGES:
-            raise
-        fail(f"this needs the Python package {error.name!r}: pip install {error.name}")
-    except OSError as error:
-        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-    except (MemoryError, RuntimeError) as error:
-        if not re.search("OutOfMemory|MemoryError|allocate memory", f"{type(error).__name__} {error}"):
-            raise
-        lower = "train.py takes less with a lower --batch_size or --block_size, sample.py with fewer --num_samples"
-        fail(f"out of memory: {lower}")
-
-
-def discard_output() -> None:
-    """Send what is printed from here on nowhere: the reader of our output, `head` say, has gone."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def fail(message: str, code: int = 2) -> NoReturn:
-    process = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
-    with suppress(OSError):  # nobody reads that either
-        print(f"error{process}: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(code)
+# -- a command's start -------------------------------------------------------------------------------------------------
 
 
 def parse_command_line(cls: type[Settings], doc: str) -> tuple[Settings, dict[str, str]]:
     """The settings that sys.argv asks for. From here on Ctrl-C is one line too, while torch is imported say."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as train.py has it during its first imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.excepthook = lambda kind, *rest: (
         print("error: interrupted", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
     )

@@ -6,15 +6,17 @@ nanoGPT's (meta.pkl or no meta at all), or llm.c's and modded-nanogpt's shards (
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kqv import ROOT
-from kqv.cli import UserError
+from kqv.errors import UserError
 from kqv.tokenizer import from_description, read_meta_pkl
 
 if TYPE_CHECKING:
@@ -188,3 +190,64 @@ class Split:
             check_ids(tokens, self.vocab_size, self.path)
             tokens = torch.from_numpy(tokens)
             yield number, tokens[:, :-1].clamp(min=0), tokens[:, 1:]
+
+
+@dataclass
+class Dataset:
+    """The data set of a run, and the fixed windows on which it evaluates."""
+
+    folder: Path
+    meta: dict[str, Any]
+    splits: dict[str, Split]  # train and val
+    windows: dict[str, np.ndarray]
+
+    def describe(self) -> dict[str, Any]:
+        """What config.json says of the data."""
+        tokenizer = self.meta["tokenizer"]["kind"]
+        return {"folder": str(self.folder), "tokenizer": tokenizer, "splits": self.meta["splits"]}
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the data, to notice if they change."""
+        stated = self.meta["splits"]
+        return {name: stated.get(name, {}).get("sha256", split.tokens) for name, split in self.splits.items()}
+
+
+def open_dataset(data_dir: str, dataset: str, block_size: int, eval_iters: int) -> Dataset:
+    """The data set DATA_DIR/DATASET, with eval_iters batches of evaluation windows; 0: windows over the whole split."""
+    folder = find_dataset(data_dir, dataset)
+    meta = read_meta(folder)
+    splits = {name: Split(folder, name, block_size, meta) for name in ("train", "val")}
+    windows = {"val": splits["val"].eval_windows(EVAL_BATCH * eval_iters)}
+    # train loss is measured on as many windows as val loss, also if eval_iters=0 asks for the whole of val
+    windows["train"] = splits["train"].eval_windows(len(windows["val"]))
+    return Dataset(folder, meta, splits, windows)
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """The vocabulary of a new model: rounded up to a multiple of 64, for the tensor cores, where that adds little."""
+    return 64 * math.ceil(vocab_size / 64) if vocab_size > 1024 else vocab_size
+
+
+class MicroBatches:
+    """One process's micro-batches, from sequence `first` of the run's order on; the next is read ahead of its use."""
+
+    def __init__(self, split: Split, seed: int, first: int, batch_size: int, micro_steps: int, processes: Any):
+        self.split, self.seed, self.device = split, seed, processes.device
+        self.batch_size, self.micro_steps = batch_size, micro_steps  # sequences of one; how many of them in a step
+        self.place = first + processes.rank * batch_size  # of the first sequence of the one to be read
+        self.stride = processes.world_size * batch_size
+        self.read()
+
+    def read(self) -> None:
+        """Make `next`, x and y (B, T) each, on the device; pinned memory is copied while a GPU computes."""
+        x, y = self.split.batch(self.seed, self.place, self.batch_size)
+        if self.device.type == "cuda":
+            x, y = x.pin_memory(), y.pin_memory()
+        self.next = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        self.place += self.stride
+
+    def first_sequences(self, steps: int) -> list[int]:
+        """The first sequence of each micro-batch of the step just done, or of the one `steps` (at most 0) from it."""
+        start = self.place - self.stride + (steps - 1) * self.micro_steps * self.stride
+        return [start + micro_step * self.stride for micro_step in range(self.micro_steps)]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from kqv.cli import UserError
+from kqv.errors import UserError
 from kqv.tokenizer import utf8
 
 Document = Iterable[str]

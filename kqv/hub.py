@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kqv.checkpoint import build_model
-from kqv.cli import UserError
+from kqv.build import build_model
+from kqv.errors import UserError
 
 # n_layer, n_head, n_embd of the models on the hub
 GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280)}

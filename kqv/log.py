@@ -1,30 +1,72 @@
-"""What a run says while it works: lines or a progress bar, metrics.jsonl, config.json, and wandb where asked for.
-
-report.py reads it afterwards.
-"""
+"""Run logging: console lines or a progress bar, metrics.jsonl, config.json, wandb. report.py reads it afterwards."""
 
 import atexit
 import json
 import math
 import sys
+import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kqv.cli import UserError, discard_output
+from kqv.errors import UserError, discard_output
 from kqv.rundir import MEASURED, read_config, read_metrics, write_whole
 
 
+@dataclass
+class Pace:
+    """What an iteration is, to tell speed from seconds."""
+
+    tokens_per_iter: int
+    flops_per_iter: float  # on one device
+    peak_flops: float | None  # of one device, per second; None if unknown: no MFU rather than a wrong one
+
+    def speed(self, seconds: float) -> dict[str, float]:
+        """Tokens per second, and the share of the peak that is reached (MFU), of an iteration of so many seconds."""
+        found = {"tokens_per_second": self.tokens_per_iter / seconds}
+        return found | ({"mfu": self.flops_per_iter / seconds / self.peak_flops} if self.peak_flops else {})
+
+
+class Clock:
+    """The training clock: seconds spent on steps. Within `with clock:` it stands still, to evaluate, save or draw."""
+
+    def __init__(self, seconds: float, iter_num: int, device: Any):
+        self.seconds, self.device, self.started = seconds, device, time.perf_counter()
+        self.lap_seconds, self.lap_iter = seconds, iter_num
+
+    def read(self) -> float:
+        return self.seconds + time.perf_counter() - self.started
+
+    def lap(self, iter_num: int) -> float:
+        """Seconds an iteration took, on average since the last lap, which ended at lap_iter."""
+        now = self.read()
+        seconds = (now - self.lap_seconds) / (iter_num - self.lap_iter)
+        self.lap_seconds, self.lap_iter = now, iter_num
+        return seconds
+
+    def __enter__(self) -> None:
+        if self.device.type != "cpu":
+            import torch
+
+            torch.accelerator.synchronize()
+        self.seconds = self.read()
+
+    def __exit__(self, *_: object) -> None:
+        self.started = time.perf_counter()
+
+
 class Log:
-    """One run's record. What processes other than the main one say is dropped.
+    """One run's record. Only the main process prints and writes.
 
     On a terminal a progress bar stands below the lines; in a pipe there are the lines alone, as nanoGPT prints them.
     """
 
     def __init__(self, main: bool):
         self.main, self.file, self.wandb, self.progress = main, None, None, None
-        self.unwritten, self.full = b"", False  # of metrics.jsonl: what a full disk did not take, and that it is full
-        self.unread = False  # whether nobody reads what is printed any more: `head` has gone, or `tee`
+        self.unwritten = b""  # lines of metrics.jsonl that a full disk did not take
+        self.disk_full = False
+        self.shown = {"loss": "", "val": "", "speed": ""}  # on the bar
         atexit.register(self.close)  # also after an error or Ctrl-C: the bar must give the terminal back
 
     def say(self, text: str) -> None:
@@ -36,24 +78,18 @@ class Log:
             else:
                 print(text, flush=True)
         except OSError as error:  # a pipe whose reader has gone, a terminal that is closed, a log on a full disk
-            self.unread, self.progress = True, None
+            self.progress = None
             discard_output()
-            with suppress(OSError):  # 2>&1
-                print(f"nobody reads the output any more ({error}): saving after this step", file=sys.stderr)
+            with suppress(OSError):  # stderr may go the same way: 2>&1
+                print(f"nobody reads the output any more ({error}); the run goes on", file=sys.stderr)
 
     def open(
-        self,
-        out_dir: Path,
-        settings: dict[str, Any],
-        origin: dict[str, str],
-        iter_num: int,
-        max_iters: int,
-        facts: dict[str, Any],
+        self, out_dir: Path, settings: dict[str, Any], origin: dict[str, str], iter_num: int, facts: dict[str, Any]
     ) -> dict[str, Any]:
         """Begin metrics.jsonl and config.json; of an earlier record, what came before iter_num stays.
 
-        `facts` go into config.json as they are; where a run is resumed, its earlier "environment"s stay in "earlier".
-        Returns what was measured on the weights of iter_num already, which the new record of it is to hold too.
+        `facts` go into config.json as they are; if a run is resumed, its earlier "environment"s are kept in "earlier".
+        Returns what was already measured on the weights of iter_num, which the new record of it is to hold too.
         """
         if not self.main:
             return {}
@@ -70,20 +106,30 @@ class Log:
                 contents["earlier"] = [*before.get("earlier", []), before["environment"]]
         write_whole(out_dir / "config.json", json.dumps(contents, indent=2) + "\n")
         self.file = path.open("ab", buffering=0)
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-            self.progress = Progress(*columns)
-            self.task = self.progress.add_task("", total=max_iters, completed=iter_num)
-            self.progress.start()
         at_start = [record for record in earlier if record["iter"] == iter_num]
         return {key: record[key] for record in at_start for key in MEASURED if key in record}
+
+    def open_bar(self, iter_num: int, max_iters: int) -> None:
+        """Show a progress bar from here on, if this is a terminal."""
+        if not self.main or not sys.stdout.isatty():
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        self.progress = Progress(*columns)
+        self.task = self.progress.add_task("", total=max_iters, completed=iter_num)
+        self.progress.start()
+
+    def update_bar(self, iterations: int | None = None, **shown: str) -> None:
+        self.shown |= shown
+        if self.progress:
+            description = ", ".join(filter(None, self.shown.values()))
+            self.progress.update(self.task, completed=iterations, description=description)
 
     def open_wandb(
         self, out_dir: Path, project: str, name: str, settings: dict[str, Any], run_id: str | None
     ) -> str | None:
-        """Start a run, or continue `run_id`; returns its id."""
+        """Start a run at Weights & Biases, or continue `run_id`; returns its id."""
         if not self.main:
             return None
         import wandb
@@ -93,24 +139,23 @@ class Log:
                 project=project, name=name, config=settings, dir=str(out_dir), id=run_id, resume="allow"
             )
         except wandb.errors.Error as error:
-            raise UserError(
-                f"wandb_log: {error}; --wandb_log=False goes without, WANDB_MODE=offline keeps it here"
-            ) from None
+            advice = "--wandb_log=False goes without, WANDB_MODE=offline keeps it here"
+            raise UserError(f"wandb_log: {error}; {advice}") from None
         return self.wandb.id
 
     def record(self, metrics: dict[str, Any]) -> None:
-        """One iteration's numbers, one JSON object a line. JSON has no inf or nan: such a number is null."""
+        """Write one iteration's numbers, one JSON object a line. JSON has no inf or nan: such a number is null."""
         numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         if self.file:
             self.unwritten += json.dumps(numbers).encode() + b"\n"
             try:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
             except OSError as error:  # a disk that is full now may not be later
-                if not self.full:
+                if not self.disk_full:
                     self.say(f"NOT RECORDED at iteration {metrics['iter']}: {error}; the run goes on")
-                self.full = True
+                self.disk_full = True
             else:
-                self.full = False
+                self.disk_full = False
         if self.wandb:
             if "samples" in numbers:
                 import wandb
@@ -118,30 +163,34 @@ class Log:
                 numbers["samples"] = wandb.Table(columns=["sample"], data=[[text] for text in numbers["samples"]])
             self.wandb.log(numbers, step=metrics["iter"])
 
-    def iteration(self, metrics: dict[str, Any], seconds: float, val_loss: float) -> None:
-        """What an iteration says of itself: on the bar, or in a line as nanoGPT prints it."""
+    def evaluated(self, iter_num: int, measured: dict[str, float]) -> None:
+        """Show the losses of an evaluation, as nanoGPT prints them."""
+        train, val = measured["train_eval_loss"], measured["val_loss"]
+        self.say(f"step {iter_num}: train loss {train:.4f}, val loss {val:.4f}")
+        self.update_bar(iter_num, val=f"val {val:.4f}")
+
+    def iteration(self, metrics: dict[str, Any], seconds: float) -> None:
+        """Show an iteration's loss and speed: on the bar, or in a line as nanoGPT prints it."""
         iter_num, loss = metrics["iter"], f"loss {metrics['train_loss']:.4f}"
-        speed = f"{metrics['tokens_per_second']:,.0f} tok/s" + (
-            f", mfu {metrics['mfu']:.2%}" if "mfu" in metrics else ""
-        )
+        speed = f"{metrics['tokens_per_second']:,.0f} tok/s"
+        if "mfu" in metrics:
+            speed += f", mfu {metrics['mfu']:.2%}"
         if self.progress:
-            self.progress.update(self.task, completed=iter_num + 1, description=f"{loss}, val {val_loss:.4f}, {speed}")
+            self.update_bar(iter_num + 1, loss=loss, speed=speed)
         else:
             self.say(f"iter {iter_num}: {loss}, time {1000 * seconds:.2f}ms, {speed}")
 
     def samples(self, iter_num: int, texts: list[str]) -> None:
-        """What the model writes by now."""
         for number, text in enumerate(texts):
             self.say(f"-- iter {iter_num}, sample {number} --\n{text}")
 
-    def bad_batch(self, out_dir: Path, culprits: dict[str, Any], count: int) -> None:
-        """A step was skipped because its loss or gradient was not finite: say so, and record its sequences."""
+    def bad_batch(self, out_dir: Path, culprits: dict[str, Any], total: int) -> None:
+        """Report that a step was skipped because its loss or gradient is not finite, and record its sequences."""
+        path = out_dir / "bad_batch.json"
         if self.main:
-            write_whole(out_dir / "bad_batch.json", json.dumps(culprits, indent=2) + "\n")
-        self.say(
-            f"iter {culprits['iter']}: SKIPPED, its loss or gradient is not finite ({count} in all); "
-            f"its batch is in {out_dir / 'bad_batch.json'}"
-        )
+            write_whole(path, json.dumps(culprits, indent=2) + "\n")
+        reason = f"SKIPPED, its loss or gradient is not finite ({total} in all)"
+        self.say(f"iter {culprits['iter']}: {reason}; its batch is in {path}")
 
     def close(self) -> None:
         atexit.unregister(self.close)

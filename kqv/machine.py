@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kqv import ROOT
-from kqv.cli import UserError
+from kqv.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +79,13 @@ def resolve_dtype(dtype: str, device: "torch.device") -> "torch.dtype":
         if device.type == "cuda":
             dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     return getattr(torch, dtype)
+
+
+def device_name(device: "torch.device") -> str:
+    """The GPU's name, or "cpu" or "mps"."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def cpuinfo(path: Path = Path("/proc/cpuinfo")) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kqv import ROOT
-from kqv.cli import UserError
+from kqv.errors import UserError
 from kqv.machine import cpu_name, resolve_device
 
 

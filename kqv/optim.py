@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kqv.cli import UserError
 from kqv.distributed import distribute_like
+from kqv.errors import UserError
+from kqv.settings import TrainConfig
 
 
 def adamw(
@@ -96,6 +98,39 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
         gram = x @ x.mT  # (n, rows, rows)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def make_optimizers(model: nn.Module, cfg: TrainConfig, product_dtype: torch.dtype) -> dict[str, torch.optim.Optimizer]:
+    """AdamW, and if asked for Muon for the blocks' matrices, by their names in a checkpoint."""
+    matrices, rest = split_for_muon(model) if cfg.optimizer == "muon" else ([], model.parameters())
+    optimizers = {"optimizer": adamw(rest, cfg.learning_rate, (cfg.beta1, cfg.beta2), cfg.weight_decay)}
+    if matrices:
+        optimizers["muon"] = Muon(matrices, cfg.muon_lr, cfg.muon_momentum, cfg.weight_decay, product_dtype)
+    return optimizers
+
+
+def learning_rates(optimizers: dict[str, torch.optim.Optimizer]) -> list[float]:
+    """The learning rates of all groups of all optimizers, in order."""
+    return [group["lr"] for optimizer in optimizers.values() for group in optimizer.param_groups]
+
+
+def set_learning_rates(
+    optimizers: dict[str, torch.optim.Optimizer], peaks: list[float], lr: float, peak: float
+) -> None:
+    """Give each group the share of its own peak that `lr` is of `peak`, so that all follow AdamW's schedule."""
+    groups = (group for optimizer in optimizers.values() for group in optimizer.param_groups)
+    for group, peak_of_group in zip(groups, peaks, strict=True):
+        group["lr"] = peak_of_group * lr / peak if peak else 0.0
+
+
+def load_states(
+    optimizers: dict[str, torch.optim.Optimizer], scaler: torch.amp.GradScaler, saved: dict[str, Any]
+) -> None:
+    """Continue from the states in a checkpoint. Raises UserError if they are damaged, or of another model."""
+    for name, optimizer in optimizers.items():
+        load_state(optimizer, saved.get(name, {}))
+    if scaler.is_enabled() and saved.get("scaler"):
+        scaler.load_state_dict(saved["scaler"])
 
 
 def load_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:

@@ -16,10 +16,14 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from kqv import ROOT
-from kqv.cli import UserError
-from kqv.data import EVAL_BATCH, EVAL_TOKENS
+from kqv.data import (
+    EVAL_BATCH,
+    EVAL_TOKENS,
+    padded_vocab_size,
+)
+from kqv.errors import UserError
 from kqv.machine import GPUS, cpu_likes_bfloat16, peak_flops, ram_bytes
-from kqv.settings import TrainConfig
+from kqv.settings import TrainConfig, check_strategy, learning_rate_concerns, micro_steps_of_each
 
 if TYPE_CHECKING:
     from model import GPTConfig
@@ -229,11 +233,6 @@ def memory(
 # -- what the settings ask for ----------------------------------------------------------------------------------------
 
 
-def padded_vocab_size(vocab_size: int) -> int:
-    """The vocabulary of a new model: rounded up to a multiple of 64, for the tensor cores, where that adds little."""
-    return 64 * math.ceil(vocab_size / 64) if vocab_size > 1024 else vocab_size
-
-
 def model_config(cfg: TrainConfig, vocab_size: int) -> "GPTConfig":
     """The GPTConfig that train.py will make; where there can be no doubt about it a stand-in, which needs no torch."""
     c = SimpleNamespace(**vars(cfg) | {"vocab_size": vocab_size})
@@ -289,30 +288,6 @@ def find_device(plan_device: str | None, device: str) -> tuple[str, float | None
     if device.startswith("cuda"):
         raise UserError(f"device={device!r}: there is none here; which one is the plan for? --plan_device=h100")
     return "cpu", ram_bytes()
-
-
-def check_strategy(strategy: str, dtype: str) -> None:
-    """UserError where FSDP would train in a dtype, as resolved for the device, that it cannot."""
-    if strategy == "fsdp" and dtype == "float16":
-        raise UserError("strategy=fsdp: trains in bfloat16 or float32; float16 would need its gradients scaled")
-
-
-def micro_steps_of_each(world_size: int, gradient_accumulation_steps: int) -> int:
-    """Micro-batches of each process in one step. UserError where they cannot be shared out evenly."""
-    if gradient_accumulation_steps % world_size:
-        shares = f"{world_size} processes share them, so give a multiple of {world_size}"
-        raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps}: {shares}")
-    return gradient_accumulation_steps // world_size
-
-
-def learning_rate_concerns(cfg: TrainConfig) -> list[str]:
-    lr_decay_iters = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
-    found = []
-    if cfg.decay_lr and lr_decay_iters != cfg.max_iters:
-        found.append(f"lr_decay_iters={lr_decay_iters} is not max_iters={cfg.max_iters}")
-    if cfg.decay_lr and 0 < min(cfg.max_iters, lr_decay_iters) <= cfg.warmup_iters:
-        found.append(f"warmup_iters={cfg.warmup_iters}: the learning rate is still rising when the run ends")
-    return found
 
 
 def concerns(cfg: TrainConfig, n_params: int, data: tuple[int, int, int] | None) -> list[str]:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from kqv.cli import UserError
+from kqv.errors import UserError
 from kqv.machine import cpu_words
 
 

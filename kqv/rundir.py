@@ -7,20 +7,31 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from kqv.cli import UserError
+from kqv.errors import UserError
 
+LAST, BEST = "ckpt.pt", "best.pt"  # the last state; the one with the lowest validation loss
+METRICS, CONFIG, PICTURE, BAD_BATCH = "metrics.jsonl", "config.json", "loss.png", "bad_batch.json"
 MEASURED = ("train_eval_loss", "val_loss", "val_bpb")  # by an evaluation
 
 
 def files_of_run(folder: Path) -> list[Path]:
-    names = ("ckpt.pt", "best.pt", "metrics.jsonl", "config.json", "bad_batch.json", "loss.png")
+    names = (LAST, BEST, METRICS, CONFIG, BAD_BATCH, PICTURE)
     return [*(path for name in names if (path := folder / name).exists()), *snapshots(folder).values()]
 
 
+def snapshot_name(iter_num: int) -> str:
+    return f"ckpt-{iter_num:08d}.pt"
+
+
 def snapshots(folder: Path) -> dict[int, Path]:
-    """By iteration, the latest first, the ckpt-ITERATION.pt of --keep_last; not what somebody calls ckpt-good.pt."""
+    """The ckpt-ITERATION.pt of --keep_last by iteration, the latest first; not what somebody calls ckpt-good.pt."""
     matches = [(re.fullmatch(r"ckpt-(\d{8,})\.pt", path.name), path) for path in folder.glob("ckpt-*.pt")]
     return dict(sorted(((int(found[1]), path) for found, path in matches if found), reverse=True))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints there are, the last state first, then its predecessors. (Copying a folder loses their times.)"""
+    return [path for path in (folder / LAST, *snapshots(folder).values(), folder / BEST) if path.exists()]
 
 
 def last_iteration(folder: Path) -> int:
@@ -50,8 +61,18 @@ def put_aside(out_dir: Path) -> Path | None:
     return previous
 
 
+def check_folder(out_dir: Path) -> None:
+    """UserError if a run cannot write into out_dir because it, or a part of its path, is a file."""
+    for path in (out_dir, *out_dir.parents):
+        if path.exists():
+            if not path.is_dir():
+                raise UserError(f"out_dir={str(out_dir)!r}: {path} is a file, not a folder")
+            return
+
+
 def hold(out_dir: Path) -> IO:
-    """Keep other runs out of this folder until the returned file is closed. UserError where one has it."""
+    """Keep other runs out of this folder until the returned file is closed. UserError if another run has it."""
+    out_dir.mkdir(parents=True, exist_ok=True)
     file = (out_dir / ".lock").open("w", encoding="utf-8")
     try:
         import fcntl

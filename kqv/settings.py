@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from kqv.cli import UserError
+from kqv.errors import UserError
 
 
 @dataclass(kw_only=True)
@@ -209,3 +209,31 @@ def at_least(config: Any, low: int, *keys: str) -> None:
             raise UserError(f"{key}={value}: must be at least {low}")
         if value is not None and not value < 2**63:
             raise UserError(f"{key}={value}: too large")
+
+
+# -- what training needs to know of settings together ------------------------------------------------------------------
+
+
+def check_strategy(strategy: str, dtype: str) -> None:
+    """UserError if FSDP would train in a dtype, as resolved for the device, that it cannot."""
+    if strategy == "fsdp" and dtype == "float16":
+        raise UserError("strategy=fsdp: trains in bfloat16 or float32; float16 would need its gradients scaled")
+
+
+def micro_steps_of_each(world_size: int, gradient_accumulation_steps: int) -> int:
+    """Micro-batches of each process in one step. UserError if they cannot be shared out evenly."""
+    if gradient_accumulation_steps % world_size:
+        shares = f"{world_size} processes share them, so give a multiple of {world_size}"
+        raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps}: {shares}")
+    return gradient_accumulation_steps // world_size
+
+
+def learning_rate_concerns(cfg: TrainConfig) -> list[str]:
+    """What looks like a mistake in the learning rate's schedule, a line each."""
+    lr_decay_iters = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
+    found = []
+    if cfg.decay_lr and lr_decay_iters != cfg.max_iters:
+        found.append(f"lr_decay_iters={lr_decay_iters} is not max_iters={cfg.max_iters}")
+    if cfg.decay_lr and 0 < min(cfg.max_iters, lr_decay_iters) <= cfg.warmup_iters:
+        found.append(f"warmup_iters={cfg.warmup_iters}: the learning rate is still rising when the run ends")
+    return found

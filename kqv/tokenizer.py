@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kqv.cli import UserError
+from kqv.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kqv import ROOT
-from kqv.cli import UserError
 from kqv.documents import Document
+from kqv.errors import UserError
 from kqv.overlap import shared_stretches
 from kqv.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, utf8
 

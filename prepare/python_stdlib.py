@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # kqv, also from a clone that is not installed
 
 from kqv import cli
-from kqv.cli import UserError
+from kqv.errors import UserError
 from kqv.tokenizer import ByteTokenizer, CharTokenizer
 from kqv.writer import dataset_folder, say_next, write_dataset
 

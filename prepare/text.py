@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # kqv, also from a clone that is not installed
 
 from kqv import cli
-from kqv.cli import UserError
 from kqv.documents import find_files, read_documents
+from kqv.errors import UserError
 from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
 from kqv.writer import dataset_folder, say_next, write_dataset
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import bench
-from kqv import cli, measure
+from kqv import cli, errors, measure
 from model import GPT, GPTConfig
 from tests.conftest import ROOT
 
@@ -126,7 +126,7 @@ def test_train_without_a_peer_and_for_gpt2(stand_ins):
 )
 def test_a_failing_child_is_one_line(stand_ins, capsys, source, message):
     (stand_ins.peer / "train.py").write_text(source, encoding="utf-8")
-    with pytest.raises(SystemExit) as stop, cli.one_line_errors():
+    with pytest.raises(SystemExit) as stop, errors.one_line_errors():
         stand_ins("train", f"--peer={stand_ins.peer}", "--steps=3", "--repeats=1")
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from kqv import checkpoint
-from kqv.cli import UserError
+from kqv.build import crop_block_size, restore_model
+from kqv.errors import UserError
 from kqv.optim import adamw, load_state
 from model import GPT, GPTConfig
 from tests.conftest import ROOT
@@ -51,7 +52,7 @@ def test_nanogpts_checkpoints_load(tmp_path, compiled):
     torch.save(saved, tmp_path / "ckpt.pt")
     loaded = checkpoint.load(tmp_path / "ckpt.pt")
     assert (loaded["iter_num"], loaded["best_val_loss"]) == (3, 4.5) and type(loaded["best_val_loss"]) is float
-    rebuilt = checkpoint.restore_model(loaded, tmp_path / "ckpt.pt", GPT, GPTConfig).eval()
+    rebuilt = restore_model(loaded, tmp_path / "ckpt.pt", GPT, GPTConfig).eval()
     idx = torch.randint(61, (2, 16))
     assert torch.equal(rebuilt(idx, idx)[0], model.eval()(idx, idx)[0])
     assert rebuilt.lm_head.weight is rebuilt.transformer.wte.weight
@@ -61,7 +62,7 @@ def test_nanogpts_optimizer_goes_on_as_if_it_were_still_nanogpts(tmp_path):
     saved, theirs, their_optimizer = nanogpt_checkpoint()
     torch.save(saved, tmp_path / "ckpt.pt")
     loaded = checkpoint.load(tmp_path / "ckpt.pt")
-    ours = checkpoint.restore_model(loaded, tmp_path / "ckpt.pt", GPT, GPTConfig)
+    ours = restore_model(loaded, tmp_path / "ckpt.pt", GPT, GPTConfig)
     optimizer = adamw(ours.parameters(), learning_rate=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
     load_state(optimizer, loaded["optimizer"])
     idx = torch.randint(61, (2, 16))
@@ -108,7 +109,7 @@ def test_damaged_optimizer_states_are_refused(damage):
 def test_a_shorter_context_cuts_the_moments_too():
     saved, *_ = nanogpt_checkpoint()
     model = GPT(GPTConfig(**SIZES))
-    model.crop_block_size(8)
+    crop_block_size(model, 8)
     optimizer = adamw(model.parameters(), 1e-3, (0.9, 0.99), 0.1)
     load_state(optimizer, saved["optimizer"])
     assert optimizer.state[model.transformer.wpe.weight]["exp_avg"].shape == (8, 16)
@@ -183,7 +184,7 @@ def test_damaged_files_are_one_line(tmp_path, content, mmap):
     path = tmp_path / "ckpt.pt"
     path.write_bytes(content())
     with pytest.raises(UserError) as caught:
-        checkpoint.restore_model(checkpoint.load(path, mmap=mmap), path, GPT, GPTConfig)
+        restore_model(checkpoint.load(path, mmap=mmap), path, GPT, GPTConfig)
     assert "ckpt.pt" in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kqv import cli, machine
-from kqv.cli import UserError, parse
+from kqv import machine
+from kqv.cli import parse
+from kqv.errors import UserError
 from kqv.machine import cpu_likes_bfloat16, cpuinfo
 from kqv.plan import plan
+from kqv.resume import restore
 from kqv.settings import SampleConfig, TrainConfig
 from model import GPTConfig
 from tests.conftest import ROOT
@@ -195,11 +197,11 @@ def test_help_lists_every_option_without_importing_torch(script, cls):
 def test_settings_of_a_resumed_run():
     cfg, origin = parse(TrainConfig, ["--n_layer=3"])
     saved = {"n_layer": 7, "batch_size": 5, "learning_rate": 1, "device": "cuda", "of_another_version": 1}
-    cfg, origin = cli.restore(cfg, origin, saved, but={"device"})
+    cfg, origin = restore(cfg, origin, saved, but={"device"})
     assert (cfg.n_layer, cfg.batch_size, cfg.learning_rate, cfg.device) == (3, 5, 1.0, "auto")
     assert (origin["n_layer"], origin["batch_size"], origin["device"]) == ("flag", "checkpoint", "default")
     with pytest.raises(UserError, match="batch_size='x'"):
-        cli.restore(*parse(TrainConfig, []), {"batch_size": "x"}, but=set())
+        restore(*parse(TrainConfig, []), {"batch_size": "x"}, but=set())
 
 
 def test_devices_that_are_not_here():
@@ -237,7 +239,7 @@ def test_bfloat16_is_for_cpus_that_are_faster_with_it(tmp_path, monkeypatch, ven
 
 def test_files_are_opened_with_an_encoding_everywhere():
     """On Windows open() reads cp1252 unless told otherwise."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("prepare/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("kqv/*.py"), *ROOT.glob("prepare/*.py")]:
         for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
             if any(call in line for call in (".read_text(", ".write_text(", '.open("w"', '.open("r"', '.open("a"')):
                 assert "encoding=" in line, f"{path.name}:{number}"

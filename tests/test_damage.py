@@ -25,8 +25,9 @@ import torch
 import transformers
 
 from kqv import checkpoint
-from kqv.cli import UserError
+from kqv.build import restore_model
 from kqv.data import Split, read_meta
+from kqv.errors import UserError
 from model import GPT, GPTConfig
 from tests.conftest import ROOT, TINY
 
@@ -306,7 +307,7 @@ PLAIN = {
 }
 CONFIG = [("seed", -1), ("seed", "x"), ("seed", HUGE), ("beta1", 1.5), ("beta1", None), ("min_lr", float("nan"))]
 CONFIG += [("grad_clip", []), ("weight_decay", {}), ("dtype", "int8"), ("patience", 0), ("patience", "x")]
-CONFIG += [("decay_lr", 5), ("max_bad_steps", 0), ("dropout", 2.0), ("max_minutes", torch.ones(2)), ("bias", "maybe")]
+CONFIG += [("decay_lr", 5), ("max_bad_steps", 0), ("dropout", 2.0), ("patience", torch.ones(2)), ("bias", "maybe")]
 MOMENTS = {
     "exp_avg": (None, 5, [1.0], torch.zeros(2), torch.zeros(28, 7), torch.zeros(28, 16).int(), "x"),
     "exp_avg_sq": (
@@ -418,7 +419,7 @@ def test_without_a_tokenizer_the_data_set_must_be_named(good, out, command, data
 def test_weights_saved_in_16_bits_are_widened(good, tmp_path):
     halves = {name: tensor.bfloat16() for name, tensor in good.newest["model"].items()}
     torch.save(good.newest | {"model": halves}, tmp_path / "ckpt.pt")
-    model = checkpoint.restore_model(checkpoint.load(tmp_path / "ckpt.pt"), tmp_path / "ckpt.pt", GPT, GPTConfig)
+    model = restore_model(checkpoint.load(tmp_path / "ckpt.pt"), tmp_path / "ckpt.pt", GPT, GPTConfig)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert torch.equal(model.transformer.wte.weight, halves[WTE].float())
 

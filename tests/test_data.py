@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kqv.cli import UserError
 from kqv.data import Split, find_dataset, read_meta
+from kqv.errors import UserError
 
 META = {"tokenizer": {"kind": "byte"}, "vocab_size": 70_000, "dtype": "uint16", "splits": {}}
 

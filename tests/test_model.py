@@ -13,14 +13,15 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.generation import logits_process
 
-from kqv.checkpoint import build_model
-from kqv.cli import UserError
+from kqv.build import build_model, crop_block_size
+from kqv.errors import UserError
 from model import (
     ACTIVATIONS,
     GPT,
     NORMS,
     POSITIONS,
     GPTConfig,
+    KVCache,
     ShortConv,
     explicit_attention,
     next_token,
@@ -241,9 +242,9 @@ def test_the_short_convolution_is_pytorchs_depthwise_one():
     expected = F.conv1d(x.transpose(1, 2), weight, padding=3, groups=32)[..., :16].transpose(1, 2)
     torch.testing.assert_close(conv(x, None), expected)
     # and piece by piece, a piece shorter than what is looked back on too
-    recent = torch.zeros(2, 3, 32)
-    pieces = [conv(piece, recent) for piece in x.split((9, 1, 1, 5), dim=1)]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), conv(x))
+    cache = KVCache(config, 2, like=x)
+    pieces = [conv(piece, cache) for piece in x.split((9, 1, 1, 5), dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), conv(x, None))
 
 
 # -- positions ---------------------------------------------------------------------------------------------------------
@@ -437,7 +438,7 @@ def test_targets_of_minus_one_do_not_count():
 def test_cropping_changes_nothing_within_the_shorter_context(position):
     model, idx = make(position=position), tokens(2, 8)
     before = model(idx)[0]
-    model.crop_block_size(8)
+    crop_block_size(model, 8)
     assert torch.equal(model(idx)[0], before)
     rebuilt = build_model(GPT, model.config, model.state_dict()).eval()
     assert torch.equal(rebuilt(idx)[0], before)

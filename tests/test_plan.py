@@ -14,7 +14,8 @@ import torch
 
 from kqv import data
 from kqv import plan as room
-from kqv.cli import UserError, parse
+from kqv.cli import parse
+from kqv.errors import UserError
 from kqv.loss import LARGE_VOCAB
 from kqv.machine import GPUS
 from kqv.plan import parameters, plan

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kqv import documents, overlap, writer
-from kqv.cli import UserError
+from kqv.errors import UserError
 from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_description
 from kqv.writer import write_dataset
 

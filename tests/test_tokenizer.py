@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kqv.cli import UserError
+from kqv.errors import UserError
 from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, encode_prompt, from_description, read_meta_pkl
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))

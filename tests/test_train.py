@@ -28,11 +28,12 @@ import transformers
 from torch.nn import functional as F
 
 from kqv import checkpoint, distributed
-from kqv.cli import UserError
+from kqv.build import restore_model
 from kqv.data import Split, read_meta
+from kqv.errors import UserError
 from kqv.log import Log
 from kqv.machine import peak_flops
-from kqv.rundir import hold
+from kqv.rundir import checkpoints, hold
 from kqv.tokenizer import from_description
 from model import GPT, GPTConfig
 from tests.conftest import ROOT, TINY
@@ -169,7 +170,7 @@ def test_validation_loss_is_identical_whatever_the_batch_size(train, tmp_path):
 def test_validation_loss_over_the_whole_split_is_the_mean_over_its_tokens(train, tmp_path, data_dir):
     train("--max_iters=5", "--eval_iters=0")
     path = tmp_path / "out" / "ckpt.pt"
-    model = checkpoint.restore_model(checkpoint.load(path), path, GPT, GPTConfig).eval()
+    model = restore_model(checkpoint.load(path), path, GPT, GPTConfig).eval()
     tokens = torch.from_numpy(np.fromfile(data_dir / "tiny" / "val.bin", dtype="<u2").astype(np.int64))
     nats = 0.0
     for start in range(0, len(tokens) - 1, 16):  # each target once, and at most 16 tokens of context
@@ -349,7 +350,7 @@ def test_samples_while_training_are_the_sampling_functions_and_change_nothing(tr
     assert list(samples) == [0, 3, 6]
     saved = checkpoint.load(tmp_path / "samples" / "ckpt.pt")
     model, tokenizer = (
-        checkpoint.restore_model(saved, tmp_path, GPT, GPTConfig).eval(),
+        restore_model(saved, tmp_path, GPT, GPTConfig).eval(),
         from_description(saved["tokenizer"]),
     )
     for number, text in enumerate(samples[6]):
@@ -497,7 +498,7 @@ def test_a_run_that_is_told_to_stop_saves_and_the_same_command_goes_on(train, tm
     process.send_signal(number)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert error.splitlines() == [f"{number.name}: saving after this step; Ctrl-C stops at once"]
+    assert error.splitlines() == [f"{number.name}: saving after this micro-batch; Ctrl-C stops at once"]
     assert f"({number.name}), all is saved; --init_from=resume goes on from there" in out
     stopped = checkpoint.load(tmp_path / "cut" / "ckpt.pt")["iter_num"]
     assert 20 < stopped < 300
@@ -519,18 +520,28 @@ def test_a_second_control_c_stops_at_once(tmp_path, data_dir):
 
 
 @pytest.mark.parametrize("errors_too", [False, True])
-def test_a_run_whose_output_nobody_reads_any_more_saves(tmp_path, data_dir, errors_too):
+def test_a_run_whose_output_nobody_reads_any_more_goes_on(tmp_path, data_dir, errors_too):
+    process = start(tmp_path, data_dir, "--max_iters=300", "--eval_interval=100000")
+    wait_for_iteration(process, 20)
+    process.stdout.close()
+    if errors_too:  # 2>&1 | tee log
+        process.stderr.close()
+    assert process.wait(timeout=60) == 0
+    if not errors_too:
+        expected = "nobody reads the output any more ([Errno 32] Broken pipe); the run goes on\n"
+        assert process.stderr.read() == expected
+        process.stderr.close()
+    assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 300
+    assert list(column(tmp_path / "out", "train_loss")) == list(range(300))
+
+
+def test_a_run_whose_output_nobody_reads_can_still_be_stopped(tmp_path, data_dir):
     process = start(tmp_path, data_dir, "--max_iters=100000", "--eval_interval=100000")
     wait_for_iteration(process, 20)
     process.stdout.close()
-    if errors_too:  # 2>&1 | tee log, and Ctrl-C
-        process.stderr.close()
-        process.send_signal(signal.SIGINT)
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 75
-    if not errors_too:
-        said = "nobody reads the output any more ([Errno 32] Broken pipe): saving after this step\n"
-        assert process.stderr.read() == said
-        process.stderr.close()
     assert 20 <= checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] < 100000
 
 
@@ -696,23 +707,21 @@ def test_fifty_kills_change_nothing(train, tmp_path, data_dir):
 
 
 def test_compile_auto_falls_back_with_a_line_and_true_is_an_error(monkeypatch, capsys):
-    from kqv.log import Log
-
     def broken(model, **_):
         raise RuntimeError("no working C++ compiler\nis installed")
 
     monkeypatch.setattr(torch, "compile", broken)
     model = GPT(GPTConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1, n_embd=4))
     batch, autocast = (torch.zeros(1, 4, dtype=torch.long),) * 2, torch.autocast("cpu", enabled=False)
-    log = Log(main=True)
-    kept = distributed.try_compile(model, "auto", torch.device("cuda"), batch, autocast, log)
+    gpu, cpu = (distributed.Processes(rank=0, world_size=1, device=torch.device(name)) for name in ("cuda", "cpu"))
+    kept = distributed.compile_and_wrap(model, "auto", batch, autocast, gpu, print)
     assert kept == (model, model)
     assert "going on without torch.compile, which does not work here: no working C++ compiler is installed" in (
         capsys.readouterr().out
     )
     with pytest.raises(UserError, match=r"compile=True: torch\.compile does not work here: no working C"):
-        distributed.try_compile(model, True, torch.device("cpu"), batch, autocast, log)
-    assert distributed.try_compile(model, "auto", torch.device("cpu"), batch, autocast, log) == (model, model)
+        distributed.compile_and_wrap(model, True, batch, autocast, cpu, print)
+    assert distributed.compile_and_wrap(model, "auto", batch, autocast, cpu, print) == (model, model)
 
 
 @pytest.mark.slow
@@ -784,9 +793,10 @@ def test_a_terminal_gets_a_progress_bar(tmp_path, data_dir):
 
 
 @pytest.mark.parametrize("ignored", [False, True])  # as nohup has it
-def test_a_run_whose_terminal_is_closed_saves(tmp_path, data_dir, ignored):
+def test_a_run_whose_terminal_is_closed_saves_or_goes_on_under_nohup(tmp_path, data_dir, ignored):
     leader, follower = pty.openpty()
-    arguments = [sys.executable, ROOT / "train.py", f"--data_dir={data_dir}", *TINY, "--max_iters=100000"]
+    max_iters = 400 if ignored else 100000
+    arguments = [sys.executable, ROOT / "train.py", f"--data_dir={data_dir}", *TINY, f"--max_iters={max_iters}"]
     arguments += ["--eval_interval=100", "--save_interval=100000"]
     shell = ["sh", "-c", ("trap '' HUP; " if ignored else "") + 'exec "$@"', "sh"]
     process = subprocess.Popen(
@@ -800,8 +810,9 @@ def test_a_run_whose_terminal_is_closed_saves(tmp_path, data_dir, ignored):
     while b"step 100:" not in shown:
         shown += os.read(leader, 4096)
     os.close(leader)
-    assert process.wait(timeout=60) == 75
-    assert 100 <= checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] < 100000
+    assert process.wait(timeout=60) == (0 if ignored else 75)
+    reached = checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"]
+    assert reached == 400 if ignored else 100 <= reached < 100000
 
 
 def test_a_record_that_a_full_disk_does_not_take_is_written_later(tmp_path, capsys):
@@ -854,7 +865,7 @@ def test_snapshots_are_told_by_name_and_ordered_by_iteration(train, tmp_path):
     for age, path in enumerate(["best.pt", "ckpt-00000002.pt", "ckpt-00000004.pt", "ckpt-00000006.pt", "ckpt.pt"]):
         os.utime(out / path, (10**9 - age, 10**9 - age))  # a copy of a folder has them in any order
     names = ["ckpt.pt", "ckpt-00000006.pt", "ckpt-00000004.pt", "ckpt-00000002.pt", "best.pt"]
-    assert [path.name for path in checkpoint.find(out)] == names
+    assert [path.name for path in checkpoints(out)] == names
     assert train("--max_iters=8", "--init_from=resume", "--keep_last=2").code == 0
     kept = {"ckpt-00000006.pt", "ckpt-00000008.pt", *(path.name for path in mine)}
     assert {path.name for path in out.glob("ckpt-*.pt")} == kept
@@ -924,8 +935,8 @@ def test_mfu_is_of_the_right_device_or_not_given():
         (["--norm_eps=nan"], "norm_eps=nan"),
         (["--out_dir="], "out_dir=''"),
         (["--block_size=16", "--n_embd=2000000000000"], "out of memory"),
-        (["--out_dir=file/out"], "Not a directory"),
-        (["--out_dir=file"], "File exists"),
+        (["--out_dir=file/out"], "out_dir='file/out': file is a file, not a folder"),
+        (["--out_dir=file"], "out_dir='file': file is a file, not a folder"),
         (["--wandb_log"], "wandb"),
     ],
 )

@@ -1,0 +1,98 @@
+"""Settings, a checkpoint or weights -> the model. Callers hand in the classes, GPT and GPTConfig of model.py."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from kqv.checkpoint import DAMAGE
+from kqv.data import padded_vocab_size
+from kqv.errors import UserError
+from kqv.rundir import LAST
+from kqv.settings import TrainConfig
+
+
+def model_config(config_class: type, cfg: TrainConfig, vocab_size: int) -> Any:
+    """The GPTConfig that the settings ask for. Raises UserError if there is no such model."""
+    switches = {field.name: getattr(cfg, field.name) for field in fields(config_class) if hasattr(cfg, field.name)}
+    try:
+        return config_class(vocab_size=vocab_size, **switches)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def make_model(
+    model_class: type, config_class: type, cfg: TrainConfig, vocab_size: int, saved: dict[str, Any] | None
+) -> Any:
+    """The model to train, on the CPU: the checkpoint's, a new one, or GPT-2; its context is cut to block_size."""
+    if saved:
+        source, path = f"the checkpoint in {cfg.out_dir}", Path(cfg.out_dir) / LAST
+        model = restore_model(saved, path, model_class, config_class, dropout=cfg.dropout, attention=cfg.attention)
+    elif cfg.init_from in ("scratch", "auto"):
+        source = "the data"
+        # ids past the tokenizer's, which are only padding, are never targets nor sampled
+        model = model_class(model_config(config_class, cfg, padded_vocab_size(vocab_size)))
+    else:
+        source = cfg.init_from
+        model = model_class.from_pretrained(cfg.init_from, dropout=cfg.dropout)
+    if cfg.block_size > model.config.block_size:
+        raise UserError(f"block_size={cfg.block_size}: {source} has at most {model.config.block_size}")
+    if vocab_size > model.config.vocab_size:
+        most = model.config.vocab_size
+        raise UserError(f"{cfg.dataset}: its vocabulary has {vocab_size} ids, the model of {source} at most {most}")
+    crop_block_size(model, cfg.block_size)
+    return model
+
+
+def crop_block_size(model: Any, block_size: int) -> None:
+    """Shorten a model's context, in place: forget the positions from block_size on."""
+    assert block_size <= model.config.block_size
+    model.config.block_size = block_size
+    if "wpe" in model.transformer:
+        wpe = model.transformer.wpe
+        wpe.weight.data, wpe.num_embeddings = wpe.weight.data[:block_size].clone(), block_size
+
+
+def restore_model(saved: dict[str, Any], path: Path, model_class: type, config_class: type, **overrides: Any) -> Any:
+    """The checkpoint's model, on the CPU, with `overrides` of its config that leave the weights alone (dropout)."""
+    try:
+        args, kinds = saved["model_args"], get_type_hints(config_class)
+        for key, value in args.items():
+            if not isinstance(value, kinds[key] | int) or value != value:  # an int is a float too, but nan is none
+                raise TypeError(f"{key}={value!r}")
+        weights = {name: tensor.float() for name, tensor in saved["model"].items()}  # if saved as 16 bits
+        if args.get("n_layer", 0) > len(weights):  # so many empty layers would take for ever to make
+            raise ValueError(f"n_layer={args['n_layer']} and {len(weights)} weights")
+        return build_model(model_class, config_class(**args | overrides), weights)
+    except DAMAGE as error:
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is damaged: its weights are not those of its model_args ({detail})") from None
+
+
+def build_model(model_class: type, config: Any, weights: dict[str, Tensor]) -> Any:
+    """A model that takes `weights` (name -> tensor) as its own, without initialising or copying."""
+    model = empty_model(model_class, config)
+    if config.tie_embeddings:
+        weights = weights | {"lm_head.weight": weights["transformer.wte.weight"]}
+    model.load_state_dict(weights, assign=True)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.transformer.wte.weight
+    return model
+
+
+def empty_model(model_class: type, config: Any) -> Any:
+    """A model whose weights have shapes but no memory, on the meta device."""
+    with torch.device("meta"), SkipInit():
+        return model_class(config)
+
+
+class SkipInit(TorchFunctionMode):
+    """Leave weights as they are: those of "meta" hold nothing, and initialising them would import torch._dynamo."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return function(*args, **kwargs or {})

@@ -1,0 +1,57 @@
+"""What a user can cause and mend, in one line instead of a traceback."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import NoReturn
+
+# imported where they are used; pip installs each under the name that is imported
+OPTIONAL_PACKAGES = {"datasets", "huggingface_hub", "matplotlib", "numpy", "pyarrow", "requests", "rich", "safetensors"}
+OPTIONAL_PACKAGES |= {"tiktoken", "torch", "transformers", "typer", "wandb"}
+
+
+class UserError(Exception):
+    """Something that the user can cause and mend. A command prints the message, one line, and exits with 2."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End in one line on stderr and exit code 2 for a UserError, a missing package, an OSError or too little memory.
+
+    Any other exception is a bug and keeps its traceback.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
+    except BrokenPipeError:  # the reader of our output, `head` say, has gone
+        discard_output()
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in OPTIONAL_PACKAGES:
+            raise
+        fail(f"this needs the Python package {error.name!r}: pip install {error.name}")
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not re.search("OutOfMemory|MemoryError|allocate memory", f"{type(error).__name__} {error}"):
+            raise
+        lower = "train.py takes less with a lower --batch_size or --block_size, sample.py with fewer --num_samples"
+        fail(f"out of memory: {lower}")
+
+
+def discard_output() -> None:
+    """Send what is printed from here on nowhere: the reader of our output, `head` say, has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    process = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
+    with suppress(OSError):  # nobody reads that either
+        print(f"error{process}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

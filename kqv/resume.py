@@ -1,0 +1,89 @@
+"""What a run continues from: the newest checkpoint, its settings, and whether its data are still the same."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from kqv import checkpoint
+from kqv.cli import convert
+from kqv.data import Dataset
+from kqv.distributed import Processes
+from kqv.errors import UserError
+from kqv.rundir import checkpoints
+from kqv.settings import TrainConfig
+
+# settings of a checkpoint's run that do not carry over: they belong to the launch, the machine and the place
+NOT_RESTORED = {"init_from", "out_dir", "data_dir", "eval_only", "plan", "plan_device", "device", "compile", "backend"}
+NOT_RESTORED |= {"strategy", "allow_other_data", "max_minutes"}
+FREE = ("dropout", "attention", "block_size")  # of the model's settings, those that can change on resume
+
+
+def load_saved(init_from: str, out_dir: Path, processes: Processes, say: Callable[[str], None]) -> dict | None:
+    """The checkpoint to continue from, if any. The main process reads it, so the others need not see the file."""
+    saved = None
+    if init_from in ("resume", "auto"):
+        if processes.main and (init_from == "resume" or checkpoints(out_dir)):
+            saved = checkpoint.load_newest(out_dir, say)
+        saved = processes.broadcast(saved)
+    return saved
+
+
+def restore(
+    cfg: TrainConfig, origin: dict[str, str], saved: dict[str, Any], but: set[str]
+) -> tuple[TrainConfig, dict[str, str]]:
+    """The settings with those of `saved` in place of defaults, except for `but`, and where each comes from."""
+    hints = get_type_hints(type(cfg))
+    keys = [key for key in saved if origin.get(key) == "default" and key not in but]
+    values = {key: convert(key, saved[key], hints[key]) for key in keys}
+    return replace(cfg, **values), origin | dict.fromkeys(keys, "checkpoint")
+
+
+def restore_settings(
+    cfg: TrainConfig, origin: dict[str, str], saved: dict[str, Any], config_class: type, say: Callable[[str], None]
+) -> tuple[TrainConfig, dict[str, str]]:
+    """The settings of the checkpoint's run, except those given now. The model is the checkpoint's in any case.
+
+    `config_class` is GPTConfig. Raises UserError if the optimizer is another one.
+    """
+    # nanoGPT records a dtype even on CPUs, where it uses none
+    not_restored = NOT_RESTORED if "tokenizer" in saved else NOT_RESTORED | {"dtype"}
+    cfg, origin = restore(cfg, origin, saved["config"], but=not_restored)
+    if not cfg.eval_only and cfg.optimizer != (before := saved["config"].get("optimizer", "adamw")):
+        raise UserError(f"optimizer={cfg.optimizer!r}: cannot go on from the state of {before} in the checkpoint")
+    model_args = {field.name: field.default for field in fields(config_class)} | saved["model_args"]
+    for key, value in model_args.items():
+        given = origin.get(key, "default") not in ("default", "checkpoint")
+        if given and key not in FREE and getattr(cfg, key) != value:
+            say(f"{key}={value} as in the checkpoint, not {getattr(cfg, key)}")
+    longest = model_args["block_size"]
+    if isinstance(longest, int) and cfg.block_size != longest:
+        if cfg.block_size > longest:
+            say(f"block_size={longest} as in the checkpoint, not {cfg.block_size}")
+            cfg.block_size = longest
+        else:
+            say(f"block_size={cfg.block_size}: the context is cut from the checkpoint's {longest} tokens")
+    return cfg, origin
+
+
+def check_data(dataset: Dataset, cfg: TrainConfig, saved: dict[str, Any] | None) -> None:
+    """UserError if the data do not fit the model: another tokenizer, or other data without --allow_other_data."""
+    tokenizer = dataset.meta["tokenizer"]
+    if saved is None:
+        if cfg.init_from not in ("scratch", "auto") and tokenizer["kind"] != "gpt2":
+            theirs = f"{dataset.folder} has those of a {tokenizer['kind']} tokenizer"
+            raise UserError(f"init_from={cfg.init_from!r} reads GPT-2's tokens; {theirs}")
+    elif (changed := changed_data(dataset, saved)) and not cfg.allow_other_data:
+        trained = f"its {changed} is not what the checkpoint in {cfg.out_dir} was trained with"
+        raise UserError(f"{dataset.folder}: {trained}; --allow_other_data resumes anyway")
+
+
+def changed_data(dataset: Dataset, saved: dict[str, Any]) -> str | None:
+    """What is not as in the checkpoint: "tokenizer", "data", or None if neither has changed."""
+    now = {"tokenizer": dataset.meta["tokenizer"], "data": dataset.fingerprint}
+    return next((key for key, value in now.items() if saved.get(key, value) != value), None)
+
+
+def is_comparable(dataset: Dataset, block_size: int, saved: dict[str, Any]) -> bool:
+    """Whether losses can be compared with the checkpoint's: same data, tokenizer and context."""
+    return not changed_data(dataset, saved) and saved["model_args"].get("block_size", block_size) == block_size
