@@ -185,8 +185,8 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
         self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
         # queries and keys of unit size keep the scores from growing during training (arXiv:2010.04245)
-        norms = (NORMS[config.norm](config, self.head_dim) if config.qk_norm else nn.Identity() for _ in range(2))
-        self.q_norm, self.k_norm = norms
+        qk_norm = NORMS[config.norm] if config.qk_norm else lambda *_: nn.Identity()
+        self.q_norm, self.k_norm = qk_norm(config, self.head_dim), qk_norm(config, self.head_dim)
         self.attn_dropout, self.resid_dropout = nn.Dropout(config.dropout), nn.Dropout(config.dropout)
         self.attention = ATTENTIONS[config.attention]
 
@@ -306,8 +306,8 @@ class GPT(nn.Module):
         if config.position in ("learned", "sinusoidal"):
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         if config.position == "sinusoidal":
-            self.transformer.wpe.weight.data.copy_(sinusoidal_table(config.block_size, config.n_embd))
-            self.transformer.wpe.requires_grad_(False)
+            table = sinusoidal_table(config.block_size, config.n_embd)
+            self.transformer.wpe.weight = nn.Parameter(table, requires_grad=False)
         self.transformer["drop"] = nn.Dropout(config.dropout)
         self.transformer["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.transformer["ln_f"] = NORMS[config.norm](config, config.n_embd)
@@ -342,12 +342,11 @@ class GPT(nn.Module):
 
     def hidden_states(self, x: Tensor, cache: list[KVCache] | None = None) -> Tensor:
         """Token embeddings (B, T, C) -> what the head reads, (B, T, C). kqv/loss.py puts its own loss after it."""
-        end = x.size(1) + (0 if cache is None else cache[0].length)
-        assert end <= self.config.block_size, f"{end} tokens do not fit block_size={self.config.block_size}"
+        c, end = self.config, x.size(1) + (0 if cache is None else cache[0].length)
+        assert end <= c.block_size, f"{end} tokens do not fit block_size={c.block_size}"
         pos = torch.arange(end, device=x.device) if cache is None else cache[0].positions(x.size(1))  # (T)
         if "wpe" in self.transformer:
             x = x + self.transformer.wpe(pos)  # (B, T, C) + (T, C)
-        c = self.config
         rope = rotary_table(pos, c.head_dim, c.rope_theta) if c.position == "rope" else None  # (T, D) twice
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
@@ -388,7 +387,8 @@ class GPT(nn.Module):
         kv_cache=False recomputes the last block_size tokens for each. kqv/generate.py has a faster `forward`.
         """
         block_size, B, forward = self.config.block_size, len(generators), forward or self
-        cache = [KVCache(self.config, B, like=self.lm_head.weight) for _ in self.transformer.h] if kv_cache else None
+        blocks, like = self.transformer.h, self.transformer.wte.weight
+        cache = [KVCache(self.config, B, like) for _ in blocks] if kv_cache else None
         new, idx = idx[:, -block_size:], idx.expand(B, -1)  # (1 or B, T), (B, T)
         for _ in range(max_new_tokens):
             if cache is None:
