@@ -38,7 +38,7 @@ from kqv.measure import Measured, call, in_turn, limits, row, run
 from kqv.plan import flops_per_token, model_config, padded_vocab_size, parameters
 from kqv.rundir import write_whole
 from kqv.settings import TrainConfig
-from report import print_table
+from kqv.tables import print_table
 
 CHARS = string.printable[:65]  # as many as tiny Shakespeare has
 WARM_UP = 5  # iterations of training that are not counted

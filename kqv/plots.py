@@ -1,4 +1,133 @@
-def refresh_picture(out_dir, say):
-    from report import refresh_picture as f
+"""Drawing runs: their losses over iterations, tokens and time."""
 
-    return f(out_dir, say)
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kqv.errors import UserError
+from kqv.rundir import PICTURE, RunRecord, read_run, write_whole
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
+
+# Okabe and Ito's colours, which the colour-blind can tell apart too; runs differ in their markers as well
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "os^DvX"
+SMOOTH_FROM = 100  # training losses; fewer are drawn as they are
+CURVE_FROM = 5  # evaluations; a line between fewer would read as if they told of the iterations between them
+
+
+def refresh_picture(out_dir: Path, say: Callable[[str], None]) -> bool:
+    """Draw loss.png of a run that is going on; returns whether there is a point in trying again.
+
+    A failure is reported through `say`: it is no reason to stop the run.
+    """
+    try:
+        write_whole(out_dir / PICTURE, draw([read_run(out_dir)]))
+    except ImportError as error:
+        say(f"no loss.png: {error}; pip install matplotlib")
+        return False
+    except (OSError, UserError) as error:
+        say(f"no loss.png: {error}")
+    return True
+
+
+def draw(runs: list[RunRecord]) -> bytes:
+    """A PNG: one run's losses over iterations; those of several over tokens and, beside that, over time."""
+    from matplotlib.figure import Figure
+
+    alone = len(runs) == 1
+    size = (8, 5) if alone else (13, 5.5 + 0.12 * len(runs))  # inches; the legend takes its share
+    panels = [("iter", 1, "iteration")]
+    if not alone:
+        counted = all(run.records[-1].get("tokens") for run in runs)  # lines that were printed do not count tokens
+        panels = [("tokens", 1e-6, "tokens (millions)")] if counted else panels
+        panels.append(("elapsed_seconds", 1 / 60, "training time (minutes)"))
+    figure = Figure(size, dpi=150, layout="constrained")  # not pyplot's: nothing global is touched
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for ax, (key, unit, label) in zip(axes, panels, strict=True):
+        lines = [line for number, run in enumerate(runs) for line in draw_run(ax, run, key, unit, number, alone)]
+        ax.set_xlabel(label)
+        ax.xaxis.set_major_formatter("{x:,.10g}")
+        ax.set_xlim(left=0)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("loss (nats per token)")
+    axes[0].set_ylim(limits(runs))
+    labels = [f"{run.name}: {describe_best(run)}" for run in runs]
+    if alone:
+        labels = ["training loss", f"validation loss, {describe_best(runs[0])}"]
+    title = None if alone else "validation loss (thin lines: training loss)"
+    columns = 2 if alone or len(runs) > 4 else 1
+    legend = figure.legend(lines, labels, title=title, loc="outside lower center", ncols=columns, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a $ in the name of a run is no formula
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def draw_run(ax: "Axes", run: RunRecord, key: str, unit: float, number: int, alone: bool) -> list["Line2D"]:
+    """One run's curves over `key` times `unit`: training faint, validation with markers, its best point a star.
+
+    Returns the lines that the legend explains: both where the run is alone, of several the one of validation.
+    """
+    color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+    train_color = COLORS[1] if alone else color
+    train, val, best = run.having("train_loss"), run.having("val_loss"), run.best()
+
+    x, losses = [record[key] * unit for record in train], [record["train_loss"] for record in train]
+    if len(losses) >= SMOOTH_FROM:
+        thinned = slice(None, None, 1 + len(losses) // 2000)  # more would be one solid band, and slow to draw
+        ax.plot(x[thinned], losses[thinned], color=train_color, alpha=0.3 if alone else 0.15, linewidth=0.6)
+        losses = smoothed(losses)
+    (train_line,) = ax.plot(x, losses, color=train_color, linewidth=1)
+
+    x, losses = [record[key] * unit for record in val], [record["val_loss"] for record in val]
+    style = {"color": color, "marker": marker, "linestyle": "-" if len(val) >= CURVE_FROM else "none", "zorder": 3}
+    style |= {"markersize": 4.5, "markevery": 1 + len(val) // 25}  # markers that touch would hide the line
+    (val_line,) = ax.plot(x, losses, **style)
+    if best:
+        point = (best[key] * unit, best["val_loss"])
+        ax.plot(*point, "*", color=color, markersize=16, markeredgecolor="white", zorder=4)
+    return [train_line, val_line] if alone else [val_line]
+
+
+def describe_best(run: RunRecord) -> str:
+    best = run.best()
+    return f"best {best['val_loss']:.4f} at iteration {best['iter']:,}" if best else "not measured yet"
+
+
+def smoothed(losses: list[float]) -> "np.ndarray":
+    """The mean of each loss and its neighbours, a fortieth of the run together; fewer at the ends."""
+    import numpy as np
+
+    window = np.ones(len(losses) // 40)
+    return np.convolve(losses, window, "same") / np.convolve(np.ones(len(losses)), window, "same")
+
+
+def limits(runs: list[RunRecord]) -> tuple[float, float]:
+    """Limits of the y axis: down to the lowest losses, but not up to the steep fall with which training begins."""
+    import numpy as np
+
+    key = "tokens" if all(run.records[-1].get("tokens") for run in runs) else "iter"
+    start = 0.05 * max(run.records[-1][key] for run in runs)
+    low, high, top = [], [], []
+    for run in runs:
+        for name in ("train_loss", "val_loss"):
+            if losses := [record[name] for record in run.having(name)]:
+                # of a run that ends within the fall of the others, its lowest loss at least is to be seen
+                late = [record[name] for record in run.having(name) if record[key] >= start] or [min(losses)]
+                low.append(np.percentile(losses, 0.5))  # a few outliers may leave the picture
+                high.append(np.percentile(late, 99))
+                top.append(max(losses))
+    if not low:
+        return 0.0, 1.0
+    bottom, ceiling = min(low), max(high)
+    if max(top) - bottom < 1.5 * (ceiling - bottom):  # little would be won by cutting it off
+        ceiling = max(top)
+    margin = 0.05 * (ceiling - bottom) or 0.1
+    return bottom - margin, ceiling + margin

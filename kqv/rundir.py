@@ -4,6 +4,7 @@ import json
 import os
 import re
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,8 +36,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def last_iteration(folder: Path) -> int:
-    """Of the run in this folder, by its metrics.jsonl; -1 where there is none."""
-    path = folder / "metrics.jsonl"
+    """The last iteration that the folder's metrics.jsonl records; -1 if it has none."""
+    path = folder / METRICS
     records, _ = read_metrics(path) if path.is_file() else ([], [])
     return max((record["iter"] for record in records), default=-1)
 
@@ -71,7 +72,7 @@ def check_folder(out_dir: Path) -> None:
 
 
 def hold(out_dir: Path) -> IO:
-    """Keep other runs out of this folder until the returned file is closed. UserError if another run has it."""
+    """Make the folder and keep other runs out of it until the returned file is closed. UserError if one has it."""
     out_dir.mkdir(parents=True, exist_ok=True)
     file = (out_dir / ".lock").open("w", encoding="utf-8")
     try:
@@ -85,8 +86,70 @@ def hold(out_dir: Path) -> IO:
     return file
 
 
+# -- reading what a run recorded ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class RunRecord:
+    """What a run recorded: the lines of its metrics.jsonl, at least one, and its config.json."""
+
+    name: str
+    records: list[dict[str, Any]]
+    recorded: dict[str, Any]
+    damaged: list[int]  # numbers of the lines of metrics.jsonl that were left out
+
+    def having(self, key: str) -> list[dict[str, Any]]:
+        """The records in which `key` was measured."""
+        return [record for record in self.records if record.get(key) is not None]
+
+    def best(self) -> dict[str, Any] | None:
+        """The record with the lowest validation loss, the first of equals; None before the first evaluation."""
+        return min(self.having("val_loss"), key=lambda record: record["val_loss"], default=None)
+
+
+def read_run(path: Path) -> RunRecord:
+    """What is recorded in a run's folder, or in a file with the lines that train.py, or nanoGPT's, has printed.
+
+    Raises UserError if there is no record, or if config.json is damaged.
+    """
+    if path.is_file():
+        return RunRecord(printable(str(path)), read_printed_lines(path), {}, [])
+    metrics = path / METRICS
+    if not path.is_dir():
+        raise UserError(f"no folder {path}")
+    if not metrics.is_file():
+        raise UserError(f"{path} has no {METRICS}, so it is not the out_dir of a run")
+    records, damaged = read_metrics(metrics)
+    if not records:
+        raise UserError(f"{metrics}: no iteration is recorded yet")
+    return RunRecord(printable(str(path)), records, read_config(path / CONFIG), damaged)
+
+
+def printable(text: str) -> str:
+    """`text` without characters that would steer a terminal or cannot be encoded."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def read_printed_lines(path: Path) -> list[dict[str, Any]]:
+    """Records from lines as nanoGPT prints them; the training clock is the sum of the iterations' times."""
+    records, elapsed, before = {}, 0.0, -1
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if step := re.match(r"step (\d+): train loss ([\d.]+), val loss ([\d.]+)", line):
+            record = records.setdefault(int(step[1]), {"iter": int(step[1]), "elapsed_seconds": elapsed})
+            record |= {"train_eval_loss": float(step[2]), "val_loss": float(step[3])}
+        elif step := re.match(r"iter (\d+): loss ([\d.]+), time ([\d.]+)ms", line):
+            iter_num, seconds = int(step[1]), float(step[3]) / 1000
+            began = elapsed + seconds * (iter_num - before - 1)  # those since the last line took as long
+            record = records.setdefault(iter_num, {"iter": iter_num})
+            record |= {"elapsed_seconds": began, "train_loss": float(step[2])}
+            elapsed, before = began + seconds, iter_num
+    if not records:
+        raise UserError(f"{path}: no lines as train.py prints them, and not a folder")
+    return [records[iter_num] for iter_num in sorted(records)]
+
+
 def is_record(value: Any) -> bool:
-    """Whether a line of metrics.jsonl holds one iteration's numbers; any but the first three can be null or absent."""
+    """Whether a line of metrics.jsonl holds one iteration's numbers; all but the first three may be null or absent."""
     if not isinstance(value, dict):
         return False
     numbers = [value.get(key) for key in ("iter", "tokens", "elapsed_seconds")]
@@ -95,7 +158,7 @@ def is_record(value: Any) -> bool:
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The records there are, and the numbers of damaged lines. A last line cut short by a kill is neither."""
+    """The records, and the numbers of damaged lines. A last line that a kill has cut short is left out."""
     records, damaged = [], []
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
@@ -111,20 +174,21 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A run's config.json; empty where there is none. UserError where it is damaged."""
+    """A run's config.json; empty if there is none. Raises UserError if it is damaged."""
     try:
         contents = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error})") from None
     kinds = {"config": dict, "environment": dict, "earlier": list, "parameters": int}
-    sound = isinstance(contents, dict) and all(isinstance(contents.get(k, kind()), kind) for k, kind in kinds.items())
-    if not sound:
+    if not isinstance(contents, dict) or any(
+        not isinstance(contents.get(k, kind()), kind) for k, kind in kinds.items()
+    ):
         raise UserError(f"{path}: damaged (not what train.py writes)")
     return contents
 
 
 def write_whole(path: Path, contents: str | bytes) -> None:
-    """Write a small file so that at no moment half of it is there."""
+    """Write a small file atomically: on failure raises OSError and leaves the previous file intact."""
     new = path.with_name(path.name + ".new")
     try:
         with new.open("wb") as file:

@@ -15,9 +15,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-import report
-from kqv import checkpoint, machine, rundir
+from kqv import checkpoint, machine, plots, rundir
 from kqv import log as log_room
 from tests.conftest import ROOT
 
@@ -122,10 +122,10 @@ def test_table_differences_picture_and_page_of_two_runs(command, runs):
 
     assert "picture: compare.png" in result.out and "page: page.html" in result.out
     image = pixels(Path("compare.png"))
-    assert image.shape[1] > 1500 and has_color(image, report.COLORS[0]) and has_color(image, report.COLORS[1])
+    assert image.shape[1] > 1500 and has_color(image, plots.COLORS[0]) and has_color(image, plots.COLORS[1])
     half = image.shape[1] // 2
     for panel in (image[:, :half], image[:, half:]):  # over tokens, over time: both runs are in both
-        assert has_color(panel, report.COLORS[0]) and has_color(panel, report.COLORS[1])
+        assert has_color(panel, plots.COLORS[0]) and has_color(panel, plots.COLORS[1])
 
     text = Path("page.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|url\(|@import", text)
@@ -140,16 +140,17 @@ def test_the_picture_of_one_run_is_loss_png(command, runs):
     result = command("report.py", "one")
     assert result.code == 0 and "setting" not in result.out
     image = pixels(Path("one/loss.png"))
-    assert has_color(image, report.COLORS[0]) and has_color(image, report.COLORS[1])  # validation and training
+    assert has_color(image, plots.COLORS[0]) and has_color(image, plots.COLORS[1])  # validation and training
     assert command("report.py", "one", "--png=other.png").code == 0
     assert np.array_equal(pixels(Path("other.png")), image)
 
 
 def test_a_terminal_gets_a_table_with_lines(runs, tmp_path):
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import report; from pathlib import Path\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import report; from pathlib import Path; from kqv import rundir\n"
         "sys.stdout.isatty = lambda: True\n"
-        "report.print_table(report.summary([report.read_run(Path(name)) for name in ('one', 'two')]))"
+        "report.print_table(report.summary([rundir.read_run(Path(name)) for name in ('one', 'two')]))"
     )
     shown = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
@@ -228,18 +229,18 @@ def test_the_environment_is_compared_where_it_matters(command, tmp_path):
 def test_the_beginning_does_not_squeeze_the_rest(tmp_path):
     write_run(tmp_path / "long", [10.0, *np.linspace(2.5, 2.0, 99).tolist()])
     write_run(tmp_path / "short", [10.0, 9.0, 3.0])
-    long, short = (report.read_run(tmp_path / name) for name in ("long", "short"))
-    low, high = report.limits([long])
+    long, short = (rundir.read_run(tmp_path / name) for name in ("long", "short"))
+    low, high = plots.limits([long])
     assert 1.9 < low < 2.0 and 2.4 < high < 2.6
-    assert 3.0 < report.limits([long, short])[1] < 3.3  # what a short run came to is in the picture
+    assert 3.0 < plots.limits([long, short])[1] < 3.3  # what a short run came to is in the picture
     write_run(tmp_path / "level", [2.5, 2.4, 2.3])
-    assert report.limits([report.read_run(tmp_path / "level")])[1] > 4  # nothing to be won: all of it is shown
+    assert plots.limits([rundir.read_run(tmp_path / "level")])[1] > 4  # nothing to be won: all of it is shown
 
 
 def test_smoothing_keeps_a_level_and_a_slope():
     ramp = np.arange(400.0)
-    assert report.smoothed([3.0] * 400) == pytest.approx(np.full(400, 3.0))
-    assert report.smoothed(ramp.tolist())[20:-20] == pytest.approx(ramp[20:-20], abs=0.51)
+    assert plots.smoothed([3.0] * 400) == pytest.approx(np.full(400, 3.0))
+    assert plots.smoothed(ramp.tolist())[20:-20] == pytest.approx(ramp[20:-20], abs=0.51)
 
 
 # -- what is wrong is said ---------------------------------------------------------------------------------------------
@@ -252,8 +253,7 @@ def test_smoothing_keeps_a_level_and_a_slope():
         (["nothing"], "no folder nothing"),
         (["empty"], "empty has no metrics.jsonl"),
         (["fine", "started"], "started/metrics.jsonl: no iteration is recorded yet"),
-        (["damaged"], "damaged/metrics.jsonl: line 2 is damaged"),
-        (["wrong"], "wrong/metrics.jsonl: line 1 is damaged"),
+        (["started", "fine", "empty"], "no iteration is recorded yet; empty has no metrics.jsonl"),
         (["config"], "config/config.json: damaged"),
         (["fine", "--png="], "png=''"),
         (["fine", "--html=/"], "html='/'"),
@@ -262,18 +262,79 @@ def test_smoothing_keeps_a_level_and_a_slope():
     ],
 )
 def test_bad_input_is_one_line(command, tmp_path, arguments, message):
-    for name in ("fine", "empty", "started", "damaged", "wrong", "config"):
+    for name in ("fine", "empty", "started", "config"):
         write_run(tmp_path / name, [3.0, 2.0], {})
     (tmp_path / "empty" / "metrics.jsonl").unlink()
     (tmp_path / "started" / "metrics.jsonl").write_bytes(b"")
-    lines = (tmp_path / "fine" / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "damaged" / "metrics.jsonl").write_bytes(lines[0] + b'{"iter": 1, "\xff\x00\n' + lines[2])
-    (tmp_path / "wrong" / "metrics.jsonl").write_bytes(b'{"iter": "0", "tokens": 0, "elapsed_seconds": 0}\n' + lines[1])
     (tmp_path / "config" / "config.json").write_bytes(b'{"config": []}')
     result = command("report.py", *arguments)
     assert result.code == 2
     (line,) = result.err.splitlines()
     assert line.startswith("error: ") and message in line
+
+
+def test_a_folder_that_cannot_be_read_does_not_hide_the_others(command, tmp_path):
+    for name in ("fine", "empty"):
+        write_run(tmp_path / name, [3.0, 2.0], {})
+    (tmp_path / "empty" / "metrics.jsonl").unlink()
+    result = command("report.py", "empty", "fine")
+    assert result.code == 2 and result.err == "error: empty has no metrics.jsonl, so it is not the out_dir of a run\n"
+    assert ["best val loss", "2.0000"] in cells(result.out) and Path("compare.png").is_file()
+
+
+@pytest.mark.parametrize("line", [b'{"iter": 1, "\xff\x00', b'{"iter": "0", "tokens": 0, "elapsed_seconds": 0}'])
+def test_a_damaged_line_is_left_out_with_a_note(command, tmp_path, line):
+    write_run(tmp_path / "damaged", [3.0, 2.0], {})
+    path = tmp_path / "damaged" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], line, *lines[2:], b""]))
+    result = command("report.py", "damaged")
+    assert result.code == 0
+    assert result.err == "damaged/metrics.jsonl: left out 1 damaged lines, the first is line 2\n"
+    assert ["best val loss", "2.0000"] in cells(result.out)
+
+
+NANOGPT = """number of parameters: 0.80M
+step 0: train loss 4.1649, val loss 4.1634
+iter 0: loss 4.1842, time 2000.00ms, mfu -100.00%
+iter 10: loss 3.0000, time 100.00ms, mfu 0.31%
+step 20: train loss 2.5000, val loss 2.4500
+iter 20: loss 2.5000, time 400.00ms, mfu 0.31%
+"""
+
+
+def test_what_nanogpt_has_printed_is_a_run_too(command, tmp_path):
+    write_run(tmp_path / "ours", [4.0, 3.0, 2.0], {"seed": 1})
+    (tmp_path / "nanogpt.log").write_text(NANOGPT, encoding="utf-8")
+    result = command("report.py", "ours", "nanogpt.log")
+    assert result.code == 0, result.err
+    table = {row[0]: row[1:] for row in cells(result.out)}
+    assert table["run"] == ["ours", "nanogpt.log"] and table["iterations"] == ["20", "20"]
+    assert table["best val loss"] == ["2.0000", "2.4500"] and table["tokens"] == ["2,000", "-"]
+    assert table["minutes"] == ["0.33", "0.11"]  # 2 s, then ten times 0.1 s, then nine times 0.4 s
+    image = pixels(Path("compare.png"))
+    for panel in (image[:, : image.shape[1] // 2], image[:, image.shape[1] // 2 :]):  # over iterations, over time
+        assert has_color(panel, plots.COLORS[0]) and has_color(panel, plots.COLORS[1])
+    (tmp_path / "other.log").write_text("nothing of the kind", encoding="utf-8")
+    assert "other.log: no lines as train.py prints them" in command("report.py", "other.log").err
+
+
+def test_the_page_of_one_run_lists_its_settings(command, runs):
+    result = command("report.py", "two", "--html=page.html")
+    assert result.code == 0, result.err
+    text = Path("page.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert ["n_layer", "1", "flag"] in page.rows and ["position", "learned"] in page.rows
+    assert ["torch", torch.__version__, "environment"] in page.rows
+    assert text.index("n_layer") < text.index("<details>") < text.index("position") and page.foreign == []
+
+
+def test_few_evaluations_are_not_joined_by_a_line(tmp_path):
+    for count, joined in ((2, False), (5, True)):
+        write_run(tmp_path / str(count), [4.0, 3.0, 2.9, 2.8, 2.7][:count])
+        run = rundir.read_run(tmp_path / str(count))
+        _, val_line = plots.draw_run(Figure().subplots(), run, "iter", 1, 0, alone=True)
+        assert (val_line.get_linestyle() != "None") is joined
 
 
 @pytest.mark.parametrize(
@@ -303,12 +364,12 @@ def test_a_run_goes_on_without_its_picture(monkeypatch, tmp_path):
     write_run(tmp_path / "out", [3.0, 2.0])
     said = []
     (tmp_path / "out" / "loss.png").mkdir()
-    assert report.refresh_picture(tmp_path / "out", said.append) is True
+    assert plots.refresh_picture(tmp_path / "out", said.append) is True
     assert len(said) == 1 and "loss.png" in said[0]
     (tmp_path / "out" / "loss.png").rmdir()
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
-    assert report.refresh_picture(tmp_path / "out", said.append) is False
+    assert plots.refresh_picture(tmp_path / "out", said.append) is False
     assert len(said) == 2 and said[1].endswith("pip install matplotlib")
     assert not (tmp_path / "out" / "loss.png").exists()
 
@@ -362,7 +423,7 @@ def test_commit_and_dirty_flag(monkeypatch, tmp_path):
 def test_a_resumed_run_keeps_its_earlier_environments(tmp_path, capsys):
     def start(iter_num: int, commit: str) -> dict:
         log = log_room.Log(main=True)
-        log.open(tmp_path, {"seed": 1}, {"seed": "flag"}, iter_num, 9, {"environment": {"commit": commit}})
+        log.open(tmp_path, {"seed": 1}, {"seed": "flag"}, iter_num, {"environment": {"commit": commit}})
         log.record({"iter": iter_num, "tokens": 0, "elapsed_seconds": 0.0})
         log.close()
         return json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
