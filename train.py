@@ -43,6 +43,7 @@ from kqv.distributed import (
     connect,
     gather_full,
     is_sharded,
+    read_environment,
     recompute_activations,
     shard,
 )
@@ -344,9 +345,11 @@ def main(cfg: TrainConfig, origin: dict[str, str], stop: StopRequests | None = N
 
 def plan_run(cfg: TrainConfig) -> str:
     """What --plan prints. Nothing is run or written."""
-    from kqv.plan import plan
+    from kqv.plan import data_sizes, plan, planned_config
 
-    return plan(cfg, 1, cfg.plan_device)
+    data = data_sizes(cfg)
+    config = planned_config(GPTConfig, cfg, data[0] if data else 50257)
+    return plan(cfg, config, GPT, data, read_environment()[2])
 
 
 if __name__ == "__main__":
