@@ -179,7 +179,8 @@ def train(run: Run, pace: Pace, stop: StopRequests, measured: dict[str, Any]) ->
     decay_iters = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
     schedule = (cfg.learning_rate, cfg.min_lr, cfg.warmup_iters, decay_iters, cfg.schedule, cfg.decay_fraction)
     peak_lrs = optim.learning_rates(run.optimizers)
-    clock, first_iter, drawn = Clock(state.elapsed_seconds, state.iter_num, processes.device), state.iter_num, 0.0
+    clock, first_iter = Clock(state.elapsed_seconds, state.iter_num, processes.device), state.iter_num
+    drawn = time.monotonic()
     while True:
         iter_num = state.iter_num
         last = iter_num >= cfg.max_iters

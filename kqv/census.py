@@ -197,7 +197,7 @@ def run_moments(
 ) -> None:
     """Run the moments of a step that can be its peak, in their order."""
     block_size, autocast = loss_model.model.config.block_size, torch.autocast("cpu", dtype, dtype != torch.float32)
-    x, y = torch.empty(2, cfg.batch_size, block_size, dtype=torch.int64).unbind()
+    x, y = (torch.empty(cfg.batch_size, block_size, dtype=torch.int64) for _ in range(2))
     if earlier_gradients:  # the sum over the step's earlier micro-batches
         for parameter in gradients:
             parameter.grad = torch.empty_like(parameter)
@@ -215,7 +215,7 @@ def run_moments(
     for parameter in gradients:
         parameter.grad = None
     census.begin("evaluation")
-    x, y = torch.empty(2, rows, block_size, dtype=torch.int64).unbind()
+    x, y = (torch.empty(rows, block_size, dtype=torch.int64) for _ in range(2))
     loss_model.eval()
     with torch.no_grad(), autocast:
         loss_model(x, y)
