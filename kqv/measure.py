@@ -2,7 +2,6 @@
 this machine can do at best.
 """
 
-import inspect
 import json
 import math
 import os
@@ -63,9 +62,9 @@ def run(name: str, command: list[Any], cwd: Any, whole_tree: bool = False, **env
                 child.wait()
             child.stdout.close()
         err.seek(0)
-        said = err.read().decode("utf-8", errors="replace")
+        error = err.read().decode("utf-8", errors="replace")
     if child.returncode:
-        reason = (said.strip() or f"exit code {child.returncode}").splitlines()[-1]
+        reason = (error.strip() or f"exit code {child.returncode}").splitlines()[-1]
         raise UserError(f"{name} failed: {reason.removeprefix('error: ')}")
     own = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Measured("".join(lines), arrived, seconds, (max(samples) or own) / 1e6)
@@ -87,8 +86,8 @@ def sample_memory(pid: int, ended: threading.Event, samples: list[int]) -> None:
 
 def call(name: str, function: Callable[..., dict], cwd: Path, whole_tree: bool = False, **arguments: Any) -> Measured:
     """Run one of our functions in a process of its own: its dict is `found`, and "value" in it the value."""
-    module = Path(inspect.getfile(function)).stem
-    code = f"import sys, json; sys.path.insert(0, sys.argv[1]); from {module} import {function.__name__} as function; "
+    code = "import sys, json; sys.path.insert(0, sys.argv[1]); "
+    code += f"from {function.__module__} import {function.__name__} as function; "
     code += "print(json.dumps(function(**json.loads(sys.argv[2]))))"
     command = [sys.executable, "-c", code, ROOT, json.dumps(arguments)]
     measured = run(name, command, cwd, whole_tree)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import bench
-from kqv import cli, errors, measure
+from kqv import benchmarks, cli, errors, measure, peers
 from model import GPT, GPTConfig
 from tests.conftest import ROOT
 
@@ -51,8 +51,8 @@ def stand_ins(tmp_path, monkeypatch):
         (sides[side] / "train.py").write_text(script, encoding="utf-8")
     (sides["peer"] / "model.py").write_text("", encoding="utf-8")
     measured = measure.Measured("", [], 1.0, 100.0, found=dict(MACHINE))
-    monkeypatch.setattr(bench, "ROOT", sides["ours"])
-    monkeypatch.setattr(bench, "call", lambda name, function, *_, **__: measured if function is bench.limits else None)
+    monkeypatch.setattr(benchmarks, "ROOT", sides["ours"])
+    monkeypatch.setattr(bench, "call", lambda *_, **__: measured)
 
     def run(*arguments: str):
         path = tmp_path / "result.json"
@@ -206,13 +206,13 @@ def test_documents_are_the_input_again_and_again(tmp_path):
     (tmp_path / "texts").mkdir()
     for name, text in texts.items():
         (tmp_path / "texts" / name).write_text(text, encoding="utf-8")
-    count = bench.write_documents(str(tmp_path / "texts"), tmp_path / "text.jsonl", megabytes=1)
+    count = peers.write_documents(str(tmp_path / "texts"), tmp_path / "text.jsonl", megabytes=1)
     lines = (tmp_path / "text.jsonl").read_text(encoding="utf-8").splitlines()
     documents = [json.loads(line)["text"] for line in lines]
-    assert len(documents) == count and max(map(len, documents)) <= bench.DOCUMENT
+    assert len(documents) == count and max(map(len, documents)) <= peers.DOCUMENT
     whole, written = "".join(texts.values()), "".join(documents)
     assert (whole * 60).startswith(written)
-    assert 1e6 <= len(written.encode()) < 1e6 + 2 * bench.DOCUMENT
+    assert 1e6 <= len(written.encode()) < 1e6 + 2 * peers.DOCUMENT
 
 
 def test_prepare_alone(command, gpt2_bpe):

@@ -1,0 +1,158 @@
+"""What bench.py runs in processes of their own: the same work with our model.py, a nanoGPT checkout's, transformers.
+
+Each function returns a dict that JSON can hold. This module is imported without torch.
+"""
+
+import importlib.util
+import itertools
+import json
+import pickle
+import runpy
+import string
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from kqv import ROOT
+from kqv.errors import UserError
+
+CHARS = string.printable[:65]  # as many as tiny Shakespeare has
+PROMPT, NEW = 64, 128  # tokens
+DOCUMENT = 5000  # characters, about the mean of OpenWebText's documents
+
+
+def load_model_file(folder: str) -> ModuleType:
+    """The model.py of a checkout, ours or nanoGPT's: both have GPT and GPTConfig."""
+    spec = importlib.util.spec_from_file_location("model", Path(folder) / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["model"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def count_model(settings: dict[str, Any], vocab_size: int, padded: bool) -> dict[str, int]:
+    """FLOPs of a training iteration, and the weights in matrix products, of our model with a TrainConfig's settings.
+
+    If `padded`, its vocabulary is rounded up as in training.
+    """
+    from kqv.build import empty_model, model_config
+    from kqv.data import padded_vocab_size
+
+    ours, cfg = load_model_file(str(ROOT)), SimpleNamespace(**settings)
+    config = model_config(ours.GPTConfig, cfg, padded_vocab_size(vocab_size) if padded else vocab_size)
+    model = empty_model(ours.GPT, config)
+    tokens = config.block_size * settings["batch_size"] * settings["gradient_accumulation_steps"]
+    return {"flops": model.flops_per_token() * tokens, "weights": model.num_params()}
+
+
+# -- generate ----------------------------------------------------------------------------------------------------------
+
+
+def write_tokens(
+    side: str, shape: dict[str, int], dtype: str, device: str, batch: int, greedy: bool, quantize: str | None = None
+) -> dict[str, Any]:
+    """Time how a model with random weights generates. `side`: hf, or a folder with a model.py, ours or nanoGPT's."""
+    import torch
+
+    from kqv.quantized import pack
+
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as sample.py, for all sides
+    torch.manual_seed(1337)
+    prompt = torch.randint(shape["vocab_size"], (1, PROMPT), device=device)  # which all samples of a batch share
+    ours, keys = side == str(ROOT), {"temperature": 0.0} if greedy else {"temperature": 0.8, "top_k": 200}
+    if side == "hf":
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        shape = {"n_positions" if key == "block_size" else key: value for key, value in shape.items()}
+        model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=None, eos_token_id=None))  # so it cannot end early
+        keys = {"do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    else:
+        theirs = load_model_file(side)
+        model = theirs.GPT(theirs.GPTConfig(**shape, bias=True))
+        keys |= {"generators": [torch.Generator().manual_seed(1337 + i) for i in range(batch)]} if ours else {}
+    model.to(device, getattr(torch, dtype)).eval()
+    if ours:
+        from kqv.quantized import pack
+
+        pack(model, batch, quantize)
+    for new in (8, NEW):  # the first to warm up
+        started = time.perf_counter()
+        tokens = model.generate(prompt, max_new_tokens=new, **keys)
+        made = sum(1 for _ in tokens) if ours else tokens.size(1) - PROMPT
+        if device != "cpu":
+            torch.accelerator.synchronize()
+    assert made == NEW
+    return {"value": batch * NEW / (time.perf_counter() - started)}
+
+
+def time_tokens(dtype: str, device: str) -> dict[str, float]:
+    """Milliseconds a token with a context of T = 256: "early" from token 100 on, "value" from token 4 T on.
+
+    Both are means over T / 2 tokens: past T that holds exactly one refill of the cache.
+    """
+    import torch
+
+    ours = load_model_file(str(ROOT))
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as sample.py
+    T = 256
+    torch.manual_seed(1337)
+    model = ours.GPT(ours.GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=T, vocab_size=len(CHARS)))
+    model.to(device, getattr(torch, dtype)).eval()
+    clock, start = [time.perf_counter()], torch.zeros(1, 1, dtype=torch.int64, device=device)
+    for token in model.generate(start, 4 * T + T // 2, [torch.Generator().manual_seed(1337)]):
+        token.item()  # waits for the device
+        clock.append(time.perf_counter())
+    early, late = (1000 * (clock[at + T // 2] - clock[at]) / (T // 2) for at in (100, 4 * T))
+    return {"early": early, "value": late}
+
+
+# -- prepare -----------------------------------------------------------------------------------------------------------
+
+
+def write_documents(path: str | None, jsonl: Path, megabytes: int) -> int:
+    """A file, the files of a folder, or of Python's library, cut into documents, again and again; how many there are.
+
+    UserError where there is no text.
+    """
+    folder, written, count = Path(path or sysconfig.get_path("stdlib")), 0, 0
+    files = [folder] if folder.is_file() else sorted(folder.rglob("*" if path else "*.py"))
+    files = [file for file in files if file.is_file() and "site-packages" not in file.parts]
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    texts = [text[at : at + DOCUMENT] for text in texts for at in range(0, len(text), DOCUMENT)]
+    if not texts:
+        raise UserError(f"input={path!r}: there is no text in it")
+    with jsonl.open("w", encoding="utf-8") as file:
+        for count, text in enumerate(itertools.cycle(texts)):
+            if written >= 1e6 * megabytes:
+                return count
+            file.write(json.dumps({"text": text}) + "\n")
+            written += len(text.encode())
+
+
+def save_arrow(jsonl: str, folder: str) -> dict:
+    import datasets
+
+    datasets.Dataset.from_json(jsonl).save_to_disk(folder)
+    return {}
+
+
+def run_openwebtext(script: str, folder: str, workers: int) -> dict:
+    """nanoGPT's data/openwebtext/prepare.py, on our documents in place of those it would download."""
+    import datasets
+
+    split, tokenize = datasets.Dataset.train_test_split, datasets.DatasetDict.map
+    datasets.disable_caching()  # else the second run would find the tokens of the first
+    datasets.load_dataset = lambda *_, **__: {"train": datasets.load_from_disk(folder)}
+    # it writes a split in 1024 parts, so it fails where a split has fewer documents
+    datasets.Dataset.train_test_split = lambda self, **keys: split(self, **keys | {"test_size": 1024})
+    datasets.DatasetDict.map = lambda self, *args, **keys: tokenize(self, *args, **keys | {"num_proc": workers})
+    runpy.run_path(script, run_name="__main__")
+    return {}
+
+
+def write_meta_pkl(folder: Path, chars: str) -> None:
+    meta = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
