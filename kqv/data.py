@@ -1,4 +1,4 @@
-"""Token files -> batches to train on and windows to evaluate on. Nothing else reads .bin files.
+"""Token files -> batches to train on and windows to evaluate on. No other room reads .bin files.
 
 A data set is a folder with train.bin, val.bin (raw little-endian token ids) and meta.json, as prepare/ writes them, or
 nanoGPT's (meta.pkl or no meta at all), or llm.c's and modded-nanogpt's shards (*train*.bin, *val*.bin with a header).
@@ -43,7 +43,7 @@ def find_dataset(data_dir: str, dataset: str) -> Path:
 
 
 def read_meta(folder: Path) -> dict:
-    """What a data set says of itself: "tokenizer", "vocab_size", "dtype", and "splits", empty where it says nothing.
+    """What a data set says of itself: "tokenizer", "vocab_size", "dtype", and "splits", empty if it says nothing.
 
     Without meta.json, meta.pkl (nanoGPT's characters) is read; without both the tokens are taken for GPT-2's.
     """
@@ -75,11 +75,11 @@ def read_meta(folder: Path) -> dict:
 
 
 def open_tokens(path: Path, dtype: str, stated: dict | None, vocab_size: int) -> np.ndarray:
-    """Memory-map the ids of one file, (n,). UserError where they are not what the file or its meta.json states."""
+    """Memory-map the ids of one file, (n,). Raises UserError if they are not what the file or its meta.json states."""
     size = path.stat().st_size
     header = np.fromfile(path, dtype="<i4", count=3)
     magic, version, n = map(int, header) if len(header) == 3 else (0, 0, 0)
-    fits = version == SHARD_VERSION and size == 4 * SHARD_HEADER + 2 * n  # also where the magic number is damaged
+    fits = version == SHARD_VERSION and size == 4 * SHARD_HEADER + 2 * n  # also if the magic number is damaged
     if magic == SHARD_MAGIC or fits:
         offset, dtype = 4 * SHARD_HEADER, "uint16"
         if magic != SHARD_MAGIC or not fits:
@@ -147,20 +147,23 @@ class Split:
         The order depends on the seed alone: every epoch has each window once, in an order of its own. Whoever asks
         for disjoint stretches (each step, micro-step, rank) gets disjoint windows, and resuming replays nothing.
         """
-        import torch  # here, not above: plan.py answers sooner without
+        import torch  # here, so that prepare/ need not wait for it
 
-        bounds = self.windows.cumsum()
-        rows = []
-        for place in range(first, first + batch_size):
-            order, starts = self.epoch(seed, place // int(bounds[-1]))
-            window = int(order[place % int(bounds[-1])])
-            shard = int(np.searchsorted(bounds, window, side="right"))
-            window -= int(bounds[shard] - self.windows[shard])
-            start = int(starts[shard]) + window * self.block_size
-            rows.append(self.shards[shard][start : start + self.block_size + 1])
-        tokens = np.stack(rows)  # (B, T + 1)
+        T, bounds = self.block_size, self.windows.cumsum()
+        total = int(bounds[-1])
+        tokens = np.empty((batch_size, T + 1), dtype=np.int64)  # if memory is too small for it, that shows at once
+        places = np.arange(first, first + batch_size)
+        for epoch in range(first // total, (first + batch_size - 1) // total + 1):
+            order, offsets = self.epoch(seed, epoch)
+            rows = np.flatnonzero(places // total == epoch)
+            windows = order[places[rows] % total].astype(np.int64)
+            shards = np.searchsorted(bounds, windows, side="right")
+            starts = offsets[shards] + (windows - (bounds - self.windows)[shards]) * T
+            for shard in np.unique(shards):
+                there = shards == shard
+                tokens[rows[there]] = self.shards[shard][starts[there, None] + np.arange(T + 1)]
         check_ids(tokens, self.vocab_size, self.path)
-        tokens = torch.from_numpy(tokens.astype(np.int64))
+        tokens = torch.from_numpy(tokens)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def eval_windows(self, limit: int = 0) -> np.ndarray:

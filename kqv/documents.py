@@ -30,7 +30,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 
 @dataclass
 class TextFile:
-    """A document that is a file, of any size. Reading it raises UserError where it is not UTF-8 text, and OSError."""
+    """A document that is a file, of any size. Reading it raises UserError if it is not UTF-8 text, and OSError."""
 
     path: Path
 
@@ -48,8 +48,12 @@ def open_text(path: Path) -> Iterator[TextIO]:
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
         try:
             yield file
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text ({error})") from None
+        except EOFError:
+            raise UserError(f"{path}: the gzip file is cut short") from None
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{path}: not a gzip file, or damaged ({error})") from None
 
 
 def find_files(inputs: tuple[str, ...]) -> list[Path]:
@@ -120,7 +124,10 @@ def parquet_rows(path: Path, field: str) -> Iterator[str]:
 
 
 def tiny_shakespeare(path: str | None) -> tuple[str, str]:
-    """The text of the file, or else tiny Shakespeare from the net; and where it came from. UserError, OSError."""
+    """The text of the file, or tiny Shakespeare from the net if there is none; and where it came from.
+
+    Raises UserError if it is another text, and OSError if it cannot be had.
+    """
     if path is not None:
         return "".join(TextFile(Path(path))), path
     try:
@@ -151,3 +158,33 @@ def web_documents(
     if limit is not None:
         source, documents = f"the first {limit} of {source}", itertools.islice(documents, limit)
     return documents, source
+
+
+# -- which text goes to which split: both ways give (split, pieces of text) --------------------------------------------
+
+
+def cut_each(documents: list[Document], val_fraction: float) -> Iterator[tuple[str, Document]]:
+    for document in documents:
+        length = sum(map(len, document))
+        cut = int(length * (1 - val_fraction))
+        yield "train", between(document, 0, cut)
+        yield "val", between(document, cut, length)
+
+
+def between(pieces: Document, start: int, stop: int) -> Iterator[str]:
+    position = 0
+    for piece in pieces:
+        yield piece[max(start - position, 0) : max(stop - position, 0)]
+        position += len(piece)
+
+
+def choose_by_content(documents: Iterable[Document], val_fraction: float) -> Iterator[tuple[str, Document]]:
+    """By content, so that all copies of a document are on one side. The first is val, so that val is never empty."""
+    first = None
+    for document in documents:
+        digest = hashlib.sha256()
+        for piece in document:
+            digest.update(utf8(piece))
+        first = first or digest.digest()
+        share = int.from_bytes(digest.digest()[:8], "big") / 2**64
+        yield "val" if share < val_fraction or digest.digest() == first else "train", document

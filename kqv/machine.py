@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -86,6 +87,11 @@ def device_name(device: "torch.device") -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def has_nvidia_driver() -> bool:
+    """Whether an NVIDIA GPU is likely here: answered without importing torch."""
+    return shutil.which("nvidia-smi") is not None
 
 
 def cpuinfo(path: Path = Path("/proc/cpuinfo")) -> str:

@@ -1,5 +1,6 @@
 """How much of the validation split is also in the training split."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -42,3 +43,14 @@ def hashes(windows: np.ndarray) -> np.ndarray:
     """20 bits from six ids of each window: (N, length) -> (N,)."""
     six = windows[:, np.linspace(0, windows.shape[1] - 1, len(FACTORS)).astype(int)].astype(np.uint32)
     return (six @ FACTORS) >> np.uint32(12)
+
+
+def warn_of_overlap(folder: Path, dtype: np.dtype, length: int, end_of_text: int | None) -> None:
+    """Warn on stderr if more than a hundredth of the validation split is also in the training split."""
+    shared, total = shared_stretches(folder, dtype, length, end_of_text)
+    if shared > total / 100:  # less is a licence or a refrain
+        print(
+            f"warning: {shared} of {total} stretches of the validation split ({shared / total:.1%}), {length} tokens "
+            "each, are also in the training split",
+            file=sys.stderr,
+        )

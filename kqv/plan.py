@@ -5,7 +5,6 @@ device or written.
 """
 
 import re
-import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from kqv.census import Moments, flops_per_token, memory, part_of_model
 from kqv.data import EVAL_BATCH, EVAL_TOKENS, Split, find_dataset, padded_vocab_size, read_meta
 from kqv.errors import UserError
 from kqv.hub import gpt2_settings
-from kqv.machine import GPUS, cpu_likes_bfloat16, peak_flops, ram_bytes
+from kqv.machine import GPUS, cpu_likes_bfloat16, has_nvidia_driver, peak_flops, ram_bytes
 from kqv.settings import TrainConfig, check_strategy, learning_rate_concerns, micro_steps_of_each
 
 GPT2_TOKENS_PER_STEP = 12 * 1024 * 40  # configs/train_gpt2.py; GPT-3's, for models of 125M to 760M (arXiv:2005.14165)
@@ -56,7 +55,7 @@ def find_device(plan_device: str | None, device: str) -> tuple[str, float | None
         if name is None:
             raise UserError(f"plan_device={plan_device!r}: expected {' | '.join(names)}")
         return name, GPUS[name][1] * 1e9
-    if device != "cpu" and shutil.which("nvidia-smi") and torch.cuda.is_available():
+    if device != "cpu" and has_nvidia_driver() and torch.cuda.is_available():
         return torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     if device.startswith("cuda"):
         raise UserError(f"device={device!r}: there is none here; which one is the plan for? --plan_device=h100")

@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kqv import ROOT
-from kqv.documents import Document
+from kqv.documents import Document, choose_by_content, cut_each
 from kqv.errors import UserError
-from kqv.overlap import shared_stretches
+from kqv.machine import has_nvidia_driver
+from kqv.overlap import warn_of_overlap
 from kqv.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, utf8
 
 Batch = list[tuple[str, str | None]]  # (split, text); None for a text is the end of a document
@@ -55,11 +56,11 @@ def write_dataset(
     total_bytes: int | None = None,
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """Write train.bin, val.bin and meta.json into `folder`, all of them or none, say so, and return the meta.json.
+    """Write train.bin, val.bin and meta.json into `folder`, all of them or none; print and return what was made.
 
     `source` tells in words where the text came from. `total_bytes`, if known, is for the progress bar. A document is
     followed by the end-of-text id, if the tokenizer has one and there is more than one document. Raises UserError
-    where a split would be empty, and OSError.
+    if a split would be empty, and OSError.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction}: must be above 0 and below 1")
@@ -96,7 +97,7 @@ def write_dataset(
             with (Path(unfinished) / "meta.json").open("w", encoding="utf-8") as file:
                 json.dump(meta, file, ensure_ascii=False, indent=1)
                 sync(file)
-            # meta.json goes first and comes last: where there is one, the files beside it are the ones it describes
+            # meta.json goes first and comes last: if there is one, the files beside it are the ones it describes
             for name in ("meta.json", "train.bin", "val.bin"):
                 (folder / name).unlink(missing_ok=True)
             for name in ("train.bin", "val.bin", "meta.json"):
@@ -107,57 +108,24 @@ def write_dataset(
     for split, counts in splits.items():
         print(f"{folder / split}.bin: {counts['tokens']:,} tokens from {counts['bytes']:,} bytes of text")
     print(f"{folder / 'meta.json'}: {meta['tokenizer']['kind']} tokenizer, vocabulary of {tokenizer.vocab_size:,}")
-    if len(first) < FEW_DOCUMENTS:  # where whole documents are chosen, none is in both splits
+    if len(first) < FEW_DOCUMENTS:  # if whole documents are chosen, none is in both splits
         warn_of_overlap(folder, dtype, 256 if end is ANYWHERE else 64, meta["end_of_text"])
     return meta
 
 
-def warn_of_overlap(folder: Path, dtype: np.dtype, length: int, end_of_text: int | None) -> None:
-    shared, total = shared_stretches(folder, dtype, length, end_of_text)
-    if shared > total / 100:  # less is a licence or a refrain
-        print(
-            f"warning: {shared} of {total} stretches of the validation split ({shared / total:.1%}), {length} tokens "
-            "each, are also in the training split",
-            file=sys.stderr,
-        )
-
-
-def say_next(config_file: str, folder: Path, origin: dict[str, str]) -> None:
-    """Print the command that trains on the data set just made."""
-    words = ["python", "train.py", config_file, f"--dataset={folder.name}"]
+def print_next(folder: Path, config_file: str, origin: dict[str, str]) -> None:
+    """Print the command that trains on the data set just made, in an out_dir of its own."""
+    words = ["python", "train.py", f"configs/{config_file}.py"]
+    if config_file.removeprefix("train_").removeprefix("finetune_").removesuffix("_cpu") != folder.name:
+        words += [f"--dataset={folder.name}", f"--out_dir=out-{folder.name}"]
     if origin["data_dir"] != "default":
         words.append(f"--data_dir={folder.parent}")
-    print("next:", shlex.join(word for word in words if word))
+    print("next:", shlex.join(words))
 
 
-# -- which text goes to which split: both ways give (split, pieces of text) --------------------------------------------
-
-
-def cut_each(documents: list[Document], val_fraction: float) -> Iterator[tuple[str, Document]]:
-    for document in documents:
-        length = sum(map(len, document))
-        cut = int(length * (1 - val_fraction))
-        yield "train", between(document, 0, cut)
-        yield "val", between(document, cut, length)
-
-
-def between(pieces: Document, start: int, stop: int) -> Iterator[str]:
-    position = 0
-    for piece in pieces:
-        yield piece[max(start - position, 0) : max(stop - position, 0)]
-        position += len(piece)
-
-
-def choose_by_content(documents: Iterable[Document], val_fraction: float) -> Iterator[tuple[str, Document]]:
-    """By content, so that all copies of a document are on one side. The first is val, so that val is never empty."""
-    first = None
-    for document in documents:
-        digest = hashlib.sha256()
-        for piece in document:
-            digest.update(utf8(piece))
-        first = first or digest.digest()
-        share = int.from_bytes(digest.digest()[:8], "big") / 2**64
-        yield "val" if share < val_fraction or digest.digest() == first else "train", document
+def small_model_config() -> str:
+    """The config of a small model that suits this machine."""
+    return "train_shakespeare_char" if has_nvidia_driver() else "train_shakespeare_char_cpu"
 
 
 # -- from text to ids --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from kqv import cli
 from kqv.documents import web_documents
 from kqv.settings import WebText
 from kqv.tokenizer import GPT2Tokenizer
-from kqv.writer import dataset_folder, say_next, write_dataset
+from kqv.writer import dataset_folder, print_next, write_dataset
 
 
 def main(cfg: WebText, origin: dict[str, str]) -> None:
@@ -18,7 +18,7 @@ def main(cfg: WebText, origin: dict[str, str]) -> None:
     documents, source = web_documents(cfg.input, cfg.limit, "HuggingFaceFW/fineweb", "sample-10BT")
     folder = dataset_folder("fineweb", cfg.data_dir, origin)
     write_dataset(folder, documents, tokenizer, f"{source}, by prepare/fineweb.py", cfg.val_fraction)
-    say_next("", folder, origin)
+    print_next(folder, "train_gpt2", origin)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from kqv import cli
 from kqv.documents import web_documents
 from kqv.settings import WebText
 from kqv.tokenizer import GPT2Tokenizer
-from kqv.writer import dataset_folder, say_next, write_dataset
+from kqv.writer import dataset_folder, print_next, write_dataset
 
 
 def main(cfg: WebText, origin: dict[str, str]) -> None:
@@ -20,7 +20,7 @@ def main(cfg: WebText, origin: dict[str, str]) -> None:
     documents, source = web_documents(cfg.input, cfg.limit, "dylanebert/openwebtext")
     folder = dataset_folder("openwebtext", cfg.data_dir, origin)
     write_dataset(folder, documents, tokenizer, f"{source}, by prepare/openwebtext.py", cfg.val_fraction)
-    say_next("", folder, origin)
+    print_next(folder, "train_gpt2", origin)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # kqv, also from a
 from kqv import cli
 from kqv.errors import UserError
 from kqv.tokenizer import ByteTokenizer, CharTokenizer
-from kqv.writer import dataset_folder, say_next, write_dataset
+from kqv.writer import dataset_folder, print_next, write_dataset
 
 # what is installed beside the library, and tests, which are half of it and mostly tables
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
@@ -47,7 +47,7 @@ def main(cfg: PythonStdlib, origin: dict[str, str]) -> None:
     folder = dataset_folder("python_stdlib", cfg.data_dir, origin)
     source = f"the standard library of Python {sys.version.split()[0]}, by prepare/python_stdlib.py"
     write_dataset(folder, ([text] for text in texts), tokenizer, source)
-    say_next("configs/train_python_stdlib.py", folder, origin)
+    print_next(folder, "train_python_stdlib", origin)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from kqv.documents import tiny_shakespeare
 from kqv.errors import UserError
 from kqv.settings import Shakespeare
 from kqv.tokenizer import CharTokenizer
-from kqv.writer import dataset_folder, say_next, write_dataset
+from kqv.writer import dataset_folder, print_next, small_model_config, write_dataset
 
 
 def main(cfg: Shakespeare, origin: dict[str, str]) -> None:
@@ -21,7 +21,7 @@ def main(cfg: Shakespeare, origin: dict[str, str]) -> None:
     folder = dataset_folder("shakespeare_char", cfg.data_dir, origin)
     tokenizer = CharTokenizer("".join(sorted(set(text))))
     write_dataset(folder, [[text]], tokenizer, f"{source}, by prepare/shakespeare_char.py")
-    say_next("configs/train_shakespeare_char.py", folder, origin)
+    print_next(folder, small_model_config(), origin)
 
 
 if __name__ == "__main__":

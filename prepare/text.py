@@ -13,7 +13,9 @@ from kqv import cli
 from kqv.documents import find_files, read_documents
 from kqv.errors import UserError
 from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
-from kqv.writer import dataset_folder, say_next, write_dataset
+from kqv.writer import dataset_folder, print_next, small_model_config, write_dataset
+
+LARGE = 10**8  # tokens from which a text is worth a model of GPT-2's size
 
 
 @dataclass(kw_only=True)
@@ -27,8 +29,13 @@ class Text:
 
 
 def make_tokenizer(kind: str, files: list[Path], field: str) -> Tokenizer:
-    if kind != "char":
-        return ByteTokenizer() if kind == "byte" else GPT2Tokenizer()
+    if kind == "byte":
+        return ByteTokenizer()
+    if kind == "gpt2":
+        try:
+            return GPT2Tokenizer()
+        except UserError as error:
+            raise UserError(f"{error}; --tokenizer=byte and --tokenizer=char need no download") from None
     characters, count = set(), 0
     for count, document in enumerate(read_documents(files, field), 1):  # noqa: B007
         for piece in document:
@@ -62,8 +69,11 @@ def main(cfg: Text, origin: dict[str, str]) -> None:
         packed = any(path.suffix in (".gz", ".parquet") for path in files)
         total_bytes = None if packed else sum(path.stat().st_size for path in files)
         source = f"{', '.join(cfg.input)}, by prepare/text.py"
-        write_dataset(folder, documents, tokenizer, source, cfg.val_fraction, total_bytes)
-    say_next("" if cfg.tokenizer == "gpt2" else "configs/train_shakespeare_char.py", folder, origin)
+        meta = write_dataset(folder, documents, tokenizer, source, cfg.val_fraction, total_bytes)
+    config_file = small_model_config()
+    if cfg.tokenizer == "gpt2" and meta["splits"]["train"]["tokens"] > LARGE and not config_file.endswith("cpu"):
+        config_file = "train_gpt2"
+    print_next(folder, config_file, origin)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,7 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kqv import documents, overlap, writer
+from kqv.cli import parse
 from kqv.errors import UserError
+from kqv.settings import TrainConfig
 from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_description
 from kqv.writer import write_dataset
 
@@ -331,8 +334,8 @@ def test_help_lists_the_options(kqv, script):
         ("text", ["--input=absent.txt"], "absent.txt"),
         ("text", ["--input=binary"], "binary: not text"),
         ("text", ["--input=latin1.txt"], "latin1.txt: not UTF-8"),
-        ("text", ["--input=broken.txt.gz"], "broken.txt.gz: not UTF-8"),
-        ("text", ["--input=truncated.txt.gz"], "truncated.txt.gz: not UTF-8"),
+        ("text", ["--input=broken.txt.gz"], "broken.txt.gz: not a gzip file, or damaged"),
+        ("text", ["--input=truncated.txt.gz"], "truncated.txt.gz: the gzip file is cut short"),
         ("text", ["--input=empty.txt"], "too little text in empty.txt"),
         ("text", ["--input=empty.txt", "--tokenizer=char"], "no text"),
         ("text", ["--input=folder"], "no text in folder"),
@@ -401,6 +404,50 @@ def test_text_from_a_folder(kqv, tmp_path):
     assert tokenizer.decode(ids["val"]) == end.join(["Bé" * 5, "a" * 10, "x", "y", ""])
 
 
+@pytest.mark.parametrize(
+    "script, arguments, driver, expected",
+    [
+        ("text", ["--name=own", "--tokenizer=char"], False, "train_shakespeare_char_cpu.py --dataset=own"),
+        ("text", ["--name=own", "--tokenizer=byte"], True, "train_shakespeare_char.py --dataset=own"),
+        ("text", ["--name=own", "--tokenizer=gpt2"], False, "train_shakespeare_char_cpu.py --dataset=own"),
+        ("shakespeare_char", [], False, "train_shakespeare_char_cpu.py --data_dir"),
+        ("shakespeare_char", [], True, "train_shakespeare_char.py --data_dir"),
+        ("shakespeare", [], False, "train_shakespeare_char_cpu.py --dataset=shakespeare"),
+        ("shakespeare", [], True, "finetune_shakespeare.py --data_dir"),
+    ],
+)
+def test_the_next_command_suits_the_machine_and_the_data(
+    command, tmp_path, monkeypatch, gpt2_bpe, script, arguments, driver, expected
+):
+    monkeypatch.setattr("kqv.writer.has_nvidia_driver", lambda: driver)
+    (tmp_path / "text.txt").write_text(some_text(0, 3000), encoding="utf-8")
+    result = command(f"prepare/{script}.py", "--input=text.txt", "--data_dir=sets", *arguments)
+    assert result.code == 0, result.err
+    (words,) = [shlex.split(line) for line in result.out.splitlines() if line.startswith("next: ")]
+    assert expected in shlex.join(words)
+    cfg, _ = parse(TrainConfig, words[3:])
+    assert (tmp_path / cfg.data_dir / cfg.dataset / "train.bin").is_file()
+    if "own" in expected:
+        assert cfg.out_dir == "out-own"
+
+
+@pytest.mark.parametrize(
+    "script, advice", [("text", "--tokenizer=byte and --tokenizer=char need"), ("shakespeare", "shakespeare_char.py")]
+)
+def test_without_a_network_the_way_out_is_named(command, tmp_path, monkeypatch, script, advice):
+    import requests
+    import tiktoken
+
+    def offline(name):
+        raise requests.ConnectionError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    (tmp_path / "text.txt").write_text("to be or not to be", encoding="utf-8")
+    result = command(f"prepare/{script}.py", "--input=text.txt")
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert "could not download GPT-2's BPE files" in result.err and advice in result.err
+
+
 def test_text_from_standard_input(kqv, tmp_path):
     text = some_text(0, 300)
     result = kqv("prepare/text.py", "--input=-", "--name=piped", "--tokenizer=byte", "--data_dir=.", input=text)
@@ -413,7 +460,7 @@ def test_python_stdlib_needs_nothing_and_is_the_same_each_time(kqv, tmp_path):
     for place, tokenizer in (("one", "char"), ("two", "char"), ("bytes", "byte")):
         result = kqv("prepare/python_stdlib.py", f"--tokenizer={tokenizer}", f"--data_dir={place}")
         assert result.returncode == 0 and not result.stderr
-        assert f" --dataset=python_stdlib --data_dir={place}\n" in result.stdout
+        assert f"next: python train.py configs/train_python_stdlib.py --data_dir={place}\n" in result.stdout
     for name in ("train.bin", "val.bin", "meta.json"):
         one, two = ((tmp_path / place / "python_stdlib" / name).read_bytes() for place in ("one", "two"))
         assert one == two

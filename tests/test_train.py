@@ -935,6 +935,7 @@ def test_mfu_is_of_the_right_device_or_not_given():
         (["--norm_eps=nan"], "norm_eps=nan"),
         (["--out_dir="], "out_dir=''"),
         (["--block_size=16", "--n_embd=2000000000000"], "out of memory"),
+        (["--batch_size=1000000000"], "out of memory"),
         (["--out_dir=file/out"], "out_dir='file/out': file is a file, not a folder"),
         (["--out_dir=file"], "out_dir='file': file is a file, not a folder"),
         (["--wandb_log"], "wandb"),
