@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kqv.cli import parse_command_line
-from kqv.errors import UserError, one_line_errors
+from kqv.errors import one_line_errors
 from kqv.settings import TrainConfig, check_strategy, learning_rate_concerns, micro_steps_of_each
 from kqv.signals import StopRequests, exit_code_if_stopped
 
@@ -47,7 +47,7 @@ from kqv.distributed import (
     recompute_activations,
     shard,
 )
-from kqv.evaluate import evaluate_splits
+from kqv.evaluate import check_finite, evaluate_splits
 from kqv.log import Clock, Log, Pace
 from kqv.loss import NextTokenLoss
 from kqv.machine import describe_environment, device_name, peak_flops, resolve_dtype
@@ -166,11 +166,6 @@ def report_step(run: Run, clock: Clock, pace: Pace, lr: float, loss: Tensor, gra
     metrics |= run.bad_steps.report(run.state, train_loss, run.batches, run.processes, run.log, Path(run.cfg.out_dir))
     run.log.iteration(metrics, seconds)
     return metrics
-
-
-def check_finite(val_loss: float, iter_num: int, out_dir: Path) -> None:
-    if not math.isfinite(val_loss):
-        raise UserError(f"val_loss is {val_loss} at iteration {iter_num}; {out_dir} keeps what was saved before")
 
 
 def train(run: Run, pace: Pace, stop: StopRequests, measured: dict[str, Any]) -> bool:

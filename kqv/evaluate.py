@@ -1,6 +1,7 @@
 """The loss on fixed windows, the same for any batch size and number of processes."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from kqv.data import Dataset, Split
 from kqv.distributed import Processes
+from kqv.errors import UserError
 
 
 @torch.no_grad()
@@ -45,3 +47,9 @@ def evaluate_splits(
     if splits["val"].bytes:
         measured["val_bpb"] = val / math.log(2) * splits["val"].tokens / splits["val"].bytes
     return measured
+
+
+def check_finite(val_loss: float, iter_num: int, out_dir: Path) -> None:
+    """Raise UserError if a run has diverged."""
+    if not math.isfinite(val_loss):
+        raise UserError(f"val_loss is {val_loss} at iteration {iter_num}; {out_dir} keeps what was saved before")

@@ -1,5 +1,6 @@
 """config.py and the command lines made from it."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -117,6 +118,43 @@ def test_wrong_command_lines_are_one_line_and_exit_2(command, arguments, message
     assert line.startswith("error: ") and message in line
 
 
+def test_config_files_may_loop_and_compute_with_numpy(tmp_path):
+    text = "import numpy as np\nn_layer = np.int64(3)\nlearning_rate = np.float32(0.5)\ntotal = 0\n"
+    text = text.replace("total = 0\n", "") + "for size in (1, 2):\n    batch_size = size\n"
+    text += "with open(__file__, encoding='utf-8') as source:\n    out_dir = source.readline().strip()[:6]\n"
+    (tmp_path / "mine.py").write_text(text, encoding="utf-8")
+    cfg, _ = parse(TrainConfig, [str(tmp_path / "mine.py")])
+    assert (cfg.n_layer, cfg.learning_rate, cfg.batch_size, cfg.out_dir) == (3, 0.5, 2, "import")
+    assert type(cfg.n_layer) is int and type(cfg.learning_rate) is float
+
+
+BUGS = {
+    "an unpacking": "a, b = [1, 2, 3]",
+    "a zip": "list(zip([1], [1, 2], strict=True))",
+    "a wrong import": "import kqv.no_such_room",
+    "a missing name": "from kqv.cli import no_such_function",
+    "a key": "{}['key']",
+    "a number": "int('x')",
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("room", ["kqv/data.py", "train.py"])
+def test_a_bug_of_our_own_keeps_its_traceback(tmp_path, room, bug):
+    """The same exceptions as users cause, but raised where no user has a hand in it."""
+    for name in ("train.py", "model.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "kqv", tmp_path / "kqv", ignore=shutil.ignore_patterns("__pycache__"))
+    place = {"kqv/data.py": "    folder = find_dataset(data_dir, dataset)\n", "train.py": "    # -- data\n"}[room]
+    source = (tmp_path / room).read_text(encoding="utf-8")
+    assert source.count(place) == 1
+    (tmp_path / room).write_text(source.replace(place, f"    {BUGS[bug]}\n{place}"), encoding="utf-8")
+    command = [sys.executable, tmp_path / "train.py", "--device=cpu"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and "Traceback (most recent call last)" in result.stderr
+    assert "error: " not in result.stderr.splitlines()[0]
+
+
 def test_files_then_flags(tmp_path):
     own = "import time\nfrom math import pi as n_head\n_n = 7\ndef helper(): pass\nclass C: pass\n"
     (tmp_path / "a.py").write_text(own + "batch_size = 2 * 3\nn_layer = 2\nseed = _n")
@@ -139,7 +177,7 @@ def test_files_then_flags(tmp_path):
         ("batch_size = True", "batch_size=True: expected int"),
         ("compile = 1", "compile=1: expected True | False | auto"),
         ("out_dir = 5", "out_dir=5: expected text"),
-        ("batch_size = ", "SyntaxError"),
+        ("batch_size = ", "SyntaxError: invalid syntax (mine.py, line 1)"),
         ("batch_size = 1 / 0", "ZeroDivisionError"),
         ("learning_rate = lambda iter_num: 3e-4", "expected float"),
         ("import sys\nsys.exit(0)", "SystemExit: 0"),

@@ -545,6 +545,102 @@ def test_a_run_whose_output_nobody_reads_can_still_be_stopped(tmp_path, data_dir
     assert 20 <= checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] < 100000
 
 
+def test_a_step_of_many_micro_batches_stops_between_them(train, tmp_path, data_dir):
+    run = ["--max_iters=9", "--gradient_accumulation_steps=400000", "--eval_interval=1000", "--dropout=0.1"]
+    process = start(tmp_path, data_dir, *run, "--out_dir=cut")
+    for line in process.stdout:
+        if line.startswith("step 0:"):  # the first step, which would take a quarter of an hour, begins
+            break
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and "stopped at iteration 0 (SIGTERM), all is saved" in out
+    saved = checkpoint.load(tmp_path / "cut" / "ckpt.pt")  # the half-done step is dropped
+    assert (saved["iter_num"], saved["sequences"]) == (0, 0) and saved["optimizer"]["state"] == {}
+    short = ["--gradient_accumulation_steps=2", "--max_iters=3", "--dropout=0.1"]
+    assert train("--init_from=resume", "--out_dir=cut", *short).code == 0
+    assert train("--out_dir=straight", *short).code == 0
+    assert_same_weights(tmp_path / "cut" / "ckpt.pt", tmp_path / "straight" / "ckpt.pt")
+
+
+def test_max_minutes_ends_a_step_between_micro_batches_and_is_not_restored(train, tmp_path):
+    result = train("--max_minutes=0.02", "--max_iters=3", "--gradient_accumulation_steps=400000")
+    assert result.code == 75 and "stopped at iteration 0 (max_minutes=0.02)" in result.out
+    result = train("--init_from=auto", "--gradient_accumulation_steps=1")  # as a scheduler that repeats the command
+    assert result.code == 0 and checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 3
+
+
+def fake_module(folder: Path, name: str, source: str) -> dict[str, str]:
+    """An environment in which `import name` runs `source`: a moment of the start that a test can choose."""
+    folder.mkdir()
+    (folder / f"{name}.py").write_text(source, encoding="utf-8")
+    return os.environ | {"PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+@pytest.mark.parametrize("module", ["difflib", "torch"])  # imported by what reads the settings, and after that
+def test_control_c_while_python_imports_shows_no_traceback(kqv, tmp_path, script, module):
+    source = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)"
+    result = kqv(script, env=fake_module(tmp_path / "fake", module, source))
+    assert result.returncode in (130, -signal.SIGINT, 1) and "Traceback" not in result.stderr
+    assert result.stderr in ("", "error: interrupted\n") and result.stdout == ""
+
+
+def test_sigterm_while_torch_is_imported_is_an_early_stop(kqv, tmp_path):
+    source = "import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(9)"
+    result = kqv("train.py", env=fake_module(tmp_path / "fake", "torch", source))
+    assert (result.returncode, result.stderr) == (75, "SIGTERM: stopped before the first step\n")
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"RANK": "0"}, "WORLD_SIZE=''"),
+        ({"RANK": "zero", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK='zero'"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "MASTER_ADDR=''"),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            "RANK=2: must be below WORLD_SIZE=2",
+        ),
+    ],
+)
+def test_an_environment_that_torchrun_would_not_set_is_one_line(train, monkeypatch, wrong, message):
+    for key, value in wrong.items():
+        monkeypatch.setenv(key, value)
+    result = train("--max_iters=1")
+    assert result.code == 2 and result.err.count("\n") == 1 and message in result.err
+
+
+def test_other_data_begin_best_and_patience_anew(train, tmp_path, data_dir):
+    assert train("--max_iters=40", "--eval_interval=20", f"--data_dir={data_dir}").code == 0
+    before = checkpoint.load(tmp_path / "out" / "ckpt.pt")
+    shutil.copytree(data_dir / "tiny", tmp_path / "other" / "tiny")
+    (tmp_path / "other" / "tiny" / "meta.json").unlink()
+    chars = before["tokenizer"]["chars"]
+    meta = {"vocab_size": len(chars), "stoi": {c: i for i, c in enumerate(chars)}, "itos": dict(enumerate(chars))}
+    (tmp_path / "other" / "tiny" / "meta.pkl").write_bytes(pickle.dumps(meta))
+    rng = np.random.default_rng(0)  # noise, on which no loss can be as low
+    for name in ("train", "val"):
+        rng.integers(28, size=4000).astype("<u2").tofile(tmp_path / "other" / "tiny" / f"{name}.bin")
+    arguments = ("--init_from=resume", "--max_iters=60", "--allow_other_data", "--data_dir=other", "--eval_interval=50")
+    result = train(*arguments, "--patience=5")
+    assert result.code == 0, result.err
+    assert "best val loss and patience begin anew" in result.out
+    after, best = (checkpoint.load(tmp_path / "out" / name) for name in ("ckpt.pt", "best.pt"))
+    assert after["best_val_loss"] > before["best_val_loss"]
+    assert best["iter_num"] >= 40 and best["data"] == after["data"] != before["data"]  # sample.py offers the new one
+    assert "begin anew" not in train("--init_from=resume", "--max_iters=61", "--data_dir=other").out
+
+
+def test_a_shorter_context_is_announced_and_begins_best_anew(train, tmp_path):
+    assert train("--max_iters=20", "--eval_interval=10").code == 0
+    result = train("--init_from=resume", "--max_iters=30", "--block_size=4", "--eval_interval=10")
+    assert result.code == 0, result.err
+    assert "block_size=4: the context is cut from the checkpoint's 16 tokens" in result.out
+    assert "best val loss and patience begin anew" in result.out
+    best = checkpoint.load(tmp_path / "out" / "best.pt")
+    assert best["model_args"]["block_size"] == 4 and best["iter_num"] >= 20
+
+
 def test_a_cluster_that_sets_world_size_alone_starts_one_process(train, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert train("--max_iters=1").code == 0
@@ -790,6 +886,8 @@ def test_a_terminal_gets_a_progress_bar(tmp_path, data_dir):
     text = shown.decode()
     assert "20/20" in text and "step 20: train loss" in text and "iter 3:" not in text
     assert text.rstrip().endswith("\x1b[?25h") or "\x1b[?25h" in text  # the cursor is shown again
+    last = column(tmp_path / "out", "val_loss")[20]
+    assert f"val {last:.4f}" in text[text.rindex("20/20") :]  # the bar that stays shows the last evaluation
 
 
 @pytest.mark.parametrize("ignored", [False, True])  # as nohup has it
