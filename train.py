@@ -78,6 +78,8 @@ class Run:
     batches: MicroBatches
     bad_steps: BadSteps
     constants: dict[str, Any]  # what all checkpoints of the run hold alike
+    # of the last micro-batch: freed with the step, its graph would let the heap shrink, and grow again page by page
+    last_loss: Tensor | None = None
 
 
 def write_samples(run: Run) -> list[str]:
@@ -117,6 +119,7 @@ def train_step(run: Run, stop: StopRequests) -> tuple[Tensor, Tensor] | None:
             loss = run.model(*run.batches.next) / micro_steps
         own_loss += loss.detach()
         scaler.scale(loss).backward()
+        run.last_loss = loss
         run.batches.read()  # while a GPU is still at work
     for optimizer in run.optimizers.values():
         scaler.unscale_(optimizer)
