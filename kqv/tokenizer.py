@@ -1,7 +1,7 @@
-"""Text to token ids and back: characters, bytes, or GPT-2's byte-pair encoding.
+"""Text to token ids and back: characters, bytes, or GPT-2's byte-pair encoding (BPE).
 
-Each tokenizer describes itself as plain JSON. The description travels in meta.json and in checkpoints, so a model is
-always decoded with the tokenizer it was trained on.
+A tokenizer's describe() is plain JSON. It is stored in meta.json and in checkpoints, so that a model's output is always
+decoded with the tokenizer it was trained with.
 """
 
 import pickle
@@ -16,32 +16,33 @@ import numpy as np
 from kqv.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+GPT2_VOCAB_SIZE = 50257  # also known without a GPT2Tokenizer, which may have to download its files
 
 
 class Tokenizer:
-    """What all have in common; each has its own encode_array, describe, vocab_size, end_of_text and token_bytes."""
+    """Base class. Subclasses define encode_array, describe, vocab_size, end_of_text (an id or None) and token_bytes."""
 
     def encode(self, text: str) -> list[int]:
         return self.encode_array(text).tolist()
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return b"".join([self.token_bytes[index] for index in checked(ids, self.vocab_size)])
+        return b"".join([self.token_bytes[index] for index in valid_ids(ids, self.vocab_size)])
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
 class CharTokenizer(Tokenizer):
-    """One id for each character of `chars`, in that order; then, if asked for, one that ends a text."""
+    """One id for each character of `chars`, in that order; with `end_of_text`, the next id marks the end of a text."""
 
     def __init__(self, chars: str, end_of_text: bool = False):
         if not chars or len(set(chars)) != len(chars):
-            raise UserError("a character vocabulary must have at least one character, and none of them twice")
+            raise UserError("a character vocabulary needs at least one character, and each only once")
         self.chars = chars
         self.end_of_text = len(chars) if end_of_text else None
         self.token_bytes = [utf8(char) for char in chars] + [END_OF_TEXT.encode()] * end_of_text
         self.vocab_size = len(self.token_bytes)
-        # id of each code point, -1 where there is none; the last entry stands for all that lie beyond
+        # code point -> id, -1 if it has none; the last entry serves all higher code points
         self.id_of = np.full(max(map(ord, chars)) + 2, -1, dtype=np.int32)
         self.id_of[[ord(char) for char in chars]] = range(len(chars))
 
@@ -59,7 +60,7 @@ class CharTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8 are ids 0 to 255, and 256 ends a text: nothing to learn, nothing it cannot encode."""
+    """Ids 0 to 255 are the bytes of UTF-8, so any text can be encoded; 256 marks the end of a text."""
 
     def __init__(self):
         self.end_of_text = 256
@@ -74,18 +75,21 @@ class ByteTokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding, by tiktoken, which downloads 1.5 MB the first time. UserError where it cannot."""
+    """GPT-2's BPE, by tiktoken, which downloads 1.5 MB on first use.
 
-    def __init__(self):
+    Raises UserError if the download fails; `alternative` is what the message then suggests.
+    """
+
+    def __init__(self, alternative: str = ""):
         import requests  # tiktoken downloads with it
         import tiktoken
 
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
-        except (requests.RequestException, ValueError) as error:  # ValueError: what came has the wrong checksum
+        except (requests.RequestException, ValueError) as error:  # ValueError: the download has the wrong checksum
             raise UserError(
                 f"could not download GPT-2's BPE files ({type(error).__name__}): connect to the internet once, or set "
-                "TIKTOKEN_CACHE_DIR to a folder in which tiktoken has kept them"
+                "TIKTOKEN_CACHE_DIR to a folder in which tiktoken has kept them" + (alternative and f"; {alternative}")
             ) from None
         self.end_of_text = self.bpe.eot_token
         self.vocab_size = self.bpe.n_vocab
@@ -93,7 +97,7 @@ class GPT2Tokenizer(Tokenizer):
         self.of_thread.bpe = self.bpe
 
     def encode_array(self, text: str) -> np.ndarray:
-        # An encoding is a fifth faster in the thread that used it first (dev/LOG.md): each thread has its own, of 11 MB
+        # tiktoken is a fifth faster in the thread that used an Encoding first, so each has its own (11 MB; dev/LOG.md)
         if not hasattr(self.of_thread, "bpe"):
             import tiktoken
 
@@ -101,19 +105,19 @@ class GPT2Tokenizer(Tokenizer):
             self.of_thread.bpe = tiktoken.Encoding(
                 bpe.name, pat_str=bpe._pat_str, mergeable_ranks=bpe._mergeable_ranks, special_tokens=bpe._special_tokens
             )
-        utf8(text)  # UserError for half a surrogate pair
-        # not encode_ordinary: its Python list of ids costs a third of the time, and holds the GIL while it is made
+        utf8(text)  # raises UserError for half a surrogate pair
+        # not encode_ordinary: building its Python list takes a third of the time and holds the GIL
         return self.of_thread.bpe.encode_to_numpy(text, disallowed_special=())
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return self.bpe.decode_bytes(checked(ids, self.vocab_size))
+        return self.bpe.decode_bytes(valid_ids(ids, self.vocab_size))
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "gpt2"}
 
 
 def utf8(text: str) -> bytes:
-    """`text` as UTF-8. UserError for half a surrogate pair: JSON escapes and odd file names can bring in such."""
+    """`text` as UTF-8. Raises UserError for half a surrogate pair, which JSON escapes and arguments can contain."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -121,7 +125,8 @@ def utf8(text: str) -> bytes:
         raise UserError(f"character {error.start} of the text is {bad}, half a surrogate pair") from None
 
 
-def checked(ids: Iterable[int], vocab_size: int) -> list[int]:
+def valid_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
+    """`ids` as a list. Raises UserError if one of them is outside the vocabulary."""
     ids = list(ids)
     for index in (min(ids, default=0), max(ids, default=0)):
         if not 0 <= index < vocab_size:
@@ -130,7 +135,7 @@ def checked(ids: Iterable[int], vocab_size: int) -> list[int]:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of `text`, where "<|endoftext|>" means the end-of-text id if the tokenizer has one."""
+    """The ids of `text`; "<|endoftext|>" in it becomes the end-of-text id if the tokenizer has one."""
     if tokenizer.end_of_text is None:
         return tokenizer.encode(text)
     first, *others = map(tokenizer.encode, text.split(END_OF_TEXT))
@@ -138,7 +143,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def from_description(description: Any) -> Tokenizer:
-    """The tokenizer whose describe() gave `description`. UserError for anything else."""
+    """The tokenizer whose describe() returned `description`. Raises UserError for anything else."""
     match description:
         case {"kind": "char", "chars": str(chars), "end_of_text": bool(end_of_text)}:
             return CharTokenizer(chars, end_of_text)
@@ -149,7 +154,7 @@ def from_description(description: Any) -> Tokenizer:
     raise UserError(f"not the description of a tokenizer: {ascii(description)[:80]}")
 
 
-# What it takes to pickle dicts, strings and integers. Nothing here can import or call: a pickle of these runs no code.
+# All that a pickle of dicts, strings and integers needs. None of these opcodes imports or calls anything.
 PLAIN_OPCODES = {
     *("PROTO", "FRAME", "STOP", "MARK", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"),
     *("DICT", "EMPTY_DICT", "SETITEM", "SETITEMS", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
@@ -158,17 +163,17 @@ PLAIN_OPCODES = {
 
 
 def read_meta_pkl(path: Path) -> dict[str, Any]:
-    """The tokenizer description in nanoGPT's meta.pkl. OSError, or UserError where it is not a character vocabulary.
+    """The tokenizer description in nanoGPT's meta.pkl. Raises UserError if that is not a character vocabulary.
 
-    Pickles can run any code when they are loaded, so the file's instructions are looked through before it is.
+    Loading a pickle can run any code, so its opcodes are checked first.
     """
     data = path.read_bytes()
     try:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name not in PLAIN_OPCODES:
                 raise ValueError(f"{opcode.name} is more than dicts, strings and integers need")
-            if opcode.name.endswith("PUT") and argument > len(data):
-                raise ValueError("it would fill the memory")  # pickle makes a table as long as the largest number
+            if opcode.name.endswith("PUT") and argument > len(data):  # pickle allocates a table of that many entries
+                raise ValueError("loading it would fill the memory")
         meta = pickle.loads(data)
     except (pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
         raise UserError(f"{path}: not a meta.pkl of nanoGPT's: {error}") from None

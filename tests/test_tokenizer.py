@@ -8,7 +8,7 @@ from kqv.errors import UserError
 from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, encode_prompt, from_description, read_meta_pkl
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
-# what makes pieces of BPE go wrong: runs of spaces and line breaks, contractions, digits, marks, controls, specials
+# where wrong cuts of BPE text would show: runs of spaces and breaks, contractions, digits, marks, controls, specials
 awkward = st.text(st.sampled_from("ab'st 01 .,\n\n\r\t\v\x1c\x85\xa0\u2028\u3000éñ漢字🙂\u0301\u200d<|>"))
 
 
@@ -144,7 +144,7 @@ def test_meta_pkl_never_runs_code(tmp_path, protocol):
         read_meta_pkl(path)
     assert not trace.exists()
     pickle.loads(path.read_bytes())["more"].close()
-    assert trace.exists()  # so the pickle was a loaded one
+    assert trace.exists()  # so the pickle does run code if it is loaded
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_bad_meta_pkl_is_one_line(tmp_path, content):
 
 
 @given(st.data())
-def test_damaged_meta_pkl_is_a_value_error(tmp_path_factory, data):
+def test_damaged_meta_pkl_is_refused_or_a_vocabulary(tmp_path_factory, data):
     content = bytearray(pickle.dumps(meta("abcdef"), data.draw(st.sampled_from(range(6)))))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
