@@ -1,7 +1,7 @@
-"""From files to documents: text files, folders, JSON lines, parquet, .gz, and the texts that prepare/ downloads.
+"""Files and downloads -> documents: text files, folders, JSON lines, parquet, .gz, and the texts of prepare/.
 
-A document is an iterable of strings, the pieces of its text in order, that can be gone through more than once; so a
-file of any size can be one, and memory stays bounded.
+A document is an iterable of strings, the pieces of its text in order, that can be iterated more than once. So a file of
+any size can be a document, and memory stays bounded.
 """
 
 import gzip
@@ -13,7 +13,7 @@ import sys
 import urllib.request
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -24,13 +24,14 @@ from kqv.tokenizer import utf8
 Document = Iterable[str]
 
 PIECE = 2**20  # characters read at once
+NAMED = 10  # skipped files that are listed
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 @dataclass
 class TextFile:
-    """A document that is a file, of any size. Reading it raises UserError if it is not UTF-8 text, and OSError."""
+    """A text file as a document. Iterating raises UserError if it is not UTF-8 text, or a damaged .gz."""
 
     path: Path
 
@@ -44,7 +45,8 @@ class TextFile:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    # utf-8-sig: a byte order mark at its start is not text
+    """Open a text file, .gz or not; what goes wrong while it is read raises UserError."""
+    # utf-8-sig: a byte order mark at the start is not text
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
         try:
             yield file
@@ -56,35 +58,51 @@ def open_text(path: Path) -> Iterator[TextIO]:
             raise UserError(f"{path}: not a gzip file, or damaged ({error})") from None
 
 
-def find_files(inputs: tuple[str, ...]) -> list[Path]:
-    """The files named, and the ones in the folders named: sorted, without hidden ones and ones that are not text."""
-    found, skipped = [], []
+def find_files(inputs: Iterable[str]) -> list[Path]:
+    """The files in `inputs`, and those inside its folders, sorted, except hidden files and files that are not text.
+
+    Skipped files are listed on stderr. Raises UserError if an input does not exist or is not a regular file.
+    """
+    files, skipped = [], []
     for path in map(Path, inputs):
-        if not path.is_dir():
-            if not path.exists():
-                raise UserError(f"input={str(path)!r}: no such file or folder")
-            if not path.is_file():
-                raise UserError(f"{path} can be read only once: pipe it into this command, with --input=-")
-            found.append(path)
-            continue
-        for file in sorted(path.rglob("*")):
-            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-            if file.is_file() and not hidden:
-                (found if file.suffix == ".parquet" or is_text(file) else skipped).append(file)
+        if not path.exists():
+            raise UserError(f"input={str(path)!r}: no such file or folder")
+        if path.is_dir():
+            for file in visible_files(path):
+                problem = None if file.suffix == ".parquet" else find_problem(file)
+                if problem:
+                    skipped.append(problem)
+                else:
+                    files.append(file)
+        elif path.is_file():
+            files.append(path)
+        else:  # a pipe: encoding characters reads the text twice
+            raise UserError(f"{path} can be read only once: pipe it into this command, with --input=-")
     if skipped:
-        names = ", ".join(str(path) for path in skipped[:10]) + (", ..." if len(skipped) > 10 else "")
-        print(f"skipped, not UTF-8 text: {len(skipped)} files ({names})", file=sys.stderr)
-    return found
+        more = [f"and {len(skipped) - NAMED} more"] if len(skipped) > NAMED else []
+        print("\n  ".join([f"skipped, not text: {len(skipped)} files", *skipped[:NAMED], *more]), file=sys.stderr)
+    return files
 
 
-def is_text(path: Path) -> bool:
-    with suppress(UserError):
-        return all(True for _ in TextFile(path))
-    return False
+def visible_files(folder: Path) -> Iterator[Path]:
+    """The files below `folder`, sorted, except those whose name or folder starts with a dot."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
+
+
+def find_problem(path: Path) -> str | None:
+    """Why a file cannot be read as text, or None if it can."""
+    try:
+        for _ in TextFile(path):
+            pass
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def read_documents(files: list[Path], field: str) -> Iterator[Document]:
-    """Each row of a .jsonl or .parquet file is a document, and so is each other file."""
+    """Each row of a .jsonl or .parquet file is a document, its text in `field`; so is each other file as a whole."""
     for path in files:
         kind = Path(path.name.removesuffix(".gz")).suffix
         if kind == ".parquet":
@@ -119,14 +137,17 @@ def parquet_rows(path: Path, field: str) -> Iterator[str]:
                 raise UserError(f"no column {field!r}; it has {', '.join(file.schema_arrow.names)}")
             for batch in file.iter_batches(columns=[field]):
                 yield from (text or "" for text in batch.column(0).cast("large_string").to_pylist())
-    except (ValueError, UserError, NotImplementedError) as error:  # pyarrow's own are among them
+    except (ValueError, UserError, NotImplementedError) as error:  # pyarrow's errors are subclasses
         raise UserError(f"{path}: {error}") from None
 
 
-def tiny_shakespeare(path: str | None) -> tuple[str, str]:
-    """The text of the file, or tiny Shakespeare from the net if there is none; and where it came from.
+# -- the downloads of prepare/: (text or documents, their source) ------------------------------------------------------
 
-    Raises UserError if it is another text, and OSError if it cannot be had.
+
+def tiny_shakespeare(path: str | None) -> tuple[str, str]:
+    """The text of the file `path`, or tiny Shakespeare, downloaded; and its source.
+
+    Raises UserError if the download is another text, OSError if it fails.
     """
     if path is not None:
         return "".join(TextFile(Path(path))), path
@@ -147,7 +168,10 @@ def tiny_shakespeare(path: str | None) -> tuple[str, str]:
 def web_documents(
     inputs: tuple[str, ...], limit: int | None, repository: str, subset: str | None = None
 ) -> tuple[Iterable[Document], str]:
-    """The first `limit` documents of a repository on the Hugging Face hub, as they come in, or of files; the source."""
+    """The first `limit` documents of the files `inputs`, or of a repository on the Hugging Face hub; and their source.
+
+    The hub's are streamed: training data can be made while it is downloaded.
+    """
     if inputs:
         source, documents = ", ".join(inputs), read_documents(find_files(inputs), "text")
     else:
@@ -158,33 +182,3 @@ def web_documents(
     if limit is not None:
         source, documents = f"the first {limit} of {source}", itertools.islice(documents, limit)
     return documents, source
-
-
-# -- which text goes to which split: both ways give (split, pieces of text) --------------------------------------------
-
-
-def cut_each(documents: list[Document], val_fraction: float) -> Iterator[tuple[str, Document]]:
-    for document in documents:
-        length = sum(map(len, document))
-        cut = int(length * (1 - val_fraction))
-        yield "train", between(document, 0, cut)
-        yield "val", between(document, cut, length)
-
-
-def between(pieces: Document, start: int, stop: int) -> Iterator[str]:
-    position = 0
-    for piece in pieces:
-        yield piece[max(start - position, 0) : max(stop - position, 0)]
-        position += len(piece)
-
-
-def choose_by_content(documents: Iterable[Document], val_fraction: float) -> Iterator[tuple[str, Document]]:
-    """By content, so that all copies of a document are on one side. The first is val, so that val is never empty."""
-    first = None
-    for document in documents:
-        digest = hashlib.sha256()
-        for piece in document:
-            digest.update(utf8(piece))
-        first = first or digest.digest()
-        share = int.from_bytes(digest.digest()[:8], "big") / 2**64
-        yield "val" if share < val_fraction or digest.digest() == first else "train", document

@@ -180,12 +180,16 @@ class SampleConfig(Machine, Sampling):
 
 @dataclass(kw_only=True)
 class Shakespeare:
+    """Settings of prepare/shakespeare.py and prepare/shakespeare_char.py."""
+
     input: Annotated[str | None, "take the text from this file; None: download it"] = None
     data_dir: Annotated[str, "folder of data sets"] = "data"
 
 
 @dataclass(kw_only=True)
 class WebText:
+    """Settings of prepare/openwebtext.py and prepare/fineweb.py."""
+
     limit: Annotated[int | None, "take only the first N documents; None: all"] = None
     input: Annotated[tuple[str, ...], "take .parquet or .jsonl files, or a folder of them, instead of the hub's"] = ()
     val_fraction: Annotated[float, "share of the documents that is kept for validation"] = 0.0005

@@ -1,52 +1,61 @@
-"""How much of the validation split is also in the training split."""
+"""Train or val: to which split each text goes, and how much of val is also in train."""
 
+import hashlib
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-SAMPLES = 1000  # stretches of the validation split that are looked for
-STEP = 8  # looked for at every 8th place alone: a stretch has 8 versions, each one id further on, and one fits there
-BLOCK = 2**18  # ids of the training split that are looked through at once
+from kqv.documents import Document
+from kqv.tokenizer import utf8
+
+SAMPLES = 1000  # stretches of val that are looked for in train
+STEP = 8  # train is compared at every 8th place only; so each stretch is looked for in 8 versions, shifted by one id
+BLOCK = 2**18  # ids of train that are searched at once
 FACTORS = np.array([0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xB55A4F09], np.uint32)  # any odd ones
 
+# -- to which split each text goes: yields (split, pieces of its text) -------------------------------------------------
 
-def shared_stretches(folder: Path, dtype: np.dtype, length: int, end_of_text: int | None) -> tuple[int, int]:
-    """Of up to 1,000 stretches of val.bin, `length` ids each: how many are also in train.bin, and how many there are.
 
-    They are taken at equal distances, none across an end of text; copies count once. One pass, in bounded memory.
+def cut_each(documents: Iterable[Document], val_fraction: float) -> Iterator[tuple[str, Document]]:
+    """Cut each document in two: its start is train, its end val."""
+    for document in documents:
+        length = sum(map(len, document))
+        cut = int(length * (1 - val_fraction))
+        yield "train", between(document, 0, cut)
+        yield "val", between(document, cut, length)
+
+
+def between(pieces: Document, start: int, stop: int) -> Iterator[str]:
+    """Characters start ... stop - 1 of a document, in pieces."""
+    position = 0
+    for piece in pieces:
+        yield piece[max(start - position, 0) : max(stop - position, 0)]
+        position += len(piece)
+
+
+def choose_by_content(documents: Iterable[Document], val_fraction: float) -> Iterator[tuple[str, Document]]:
+    """Assign whole documents by a hash of their text, so that copies go to the same split.
+
+    The first document is val, so that val is never empty.
     """
-    val = np.memmap(folder / "val.bin", dtype, "r")
-    last = len(val) - (length + STEP - 1)
-    if last < 0:
-        return 0, 0
-    starts = np.arange(0, last + 1, max(STEP, last // SAMPLES + 1))
-    versions = sliding_window_view(val, length)[starts[:, None] + np.arange(STEP)]  # (SAMPLES, STEP, length)
-    if end_of_text is not None:
-        versions = versions[(versions != end_of_text).all(axis=(1, 2))]
-    wanted = {window.tobytes(): number for number, stretch in enumerate(versions) for window in stretch}
-    likely = np.zeros(2**20, bool)  # for each hash; it rules out most of the training split
-    likely[hashes(versions.reshape(-1, length))] = True
-    found, ids = set(), np.empty(0, dtype)
-    with (folder / "train.bin").open("rb") as file:
-        while len(block := np.fromfile(file, dtype, BLOCK)):
-            ids = np.concatenate([ids, block])
-            if len(ids) >= length:
-                windows = sliding_window_view(ids, length)[::STEP]
-                found.update(wanted.get(window.tobytes()) for window in windows[likely[hashes(windows)]])
-                ids = ids[len(windows) * STEP :]
-    return len(found - {None}), len(set(wanted.values()))
+    first = None
+    for document in documents:
+        digest = hashlib.sha256()
+        for piece in document:
+            digest.update(utf8(piece))
+        first = first or digest.digest()
+        share = int.from_bytes(digest.digest()[:8], "big") / 2**64
+        yield "val" if share < val_fraction or digest.digest() == first else "train", document
 
 
-def hashes(windows: np.ndarray) -> np.ndarray:
-    """20 bits from six ids of each window: (N, length) -> (N,)."""
-    six = windows[:, np.linspace(0, windows.shape[1] - 1, len(FACTORS)).astype(int)].astype(np.uint32)
-    return (six @ FACTORS) >> np.uint32(12)
+# -- how much of val is also in train ----------------------------------------------------------------------------------
 
 
 def warn_of_overlap(folder: Path, dtype: np.dtype, length: int, end_of_text: int | None) -> None:
-    """Warn on stderr if more than a hundredth of the validation split is also in the training split."""
+    """Warn on stderr if more than a hundredth of val.bin is also in train.bin."""
     shared, total = shared_stretches(folder, dtype, length, end_of_text)
     if shared > total / 100:  # less is a licence or a refrain
         print(
@@ -54,3 +63,36 @@ def warn_of_overlap(folder: Path, dtype: np.dtype, length: int, end_of_text: int
             "each, are also in the training split",
             file=sys.stderr,
         )
+
+
+def shared_stretches(folder: Path, dtype: np.dtype, length: int, end_of_text: int | None) -> tuple[int, int]:
+    """Of about SAMPLES stretches of val.bin, `length` ids each: how many are also in train.bin, and how many there are.
+
+    They are evenly spaced, and none contains an end of text; equal ones count once. One pass, in bounded memory.
+    """
+    val = np.memmap(folder / "val.bin", dtype, "r")
+    last = len(val) - (length + STEP - 1)
+    if last < 0:
+        return 0, 0
+    starts = np.arange(0, last + 1, max(STEP, last // SAMPLES + 1))
+    stretches = sliding_window_view(val, length)[starts[:, None] + np.arange(STEP)]  # (SAMPLES, STEP, length)
+    if end_of_text is not None:
+        stretches = stretches[(stretches != end_of_text).all(axis=(1, 2))]
+    number_of = {version.tobytes(): number for number, versions in enumerate(stretches) for version in versions}
+    candidates = np.zeros(2**20, bool)  # by hash: most windows of train are ruled out by it
+    candidates[hashes(stretches.reshape(-1, length))] = True
+    shared, ids = set(), np.empty(0, dtype)
+    with (folder / "train.bin").open("rb") as file:
+        while len(block := np.fromfile(file, dtype, BLOCK)):
+            ids = np.concatenate([ids, block])
+            if len(ids) >= length:
+                windows = sliding_window_view(ids, length)[::STEP]
+                shared.update(number_of.get(window.tobytes()) for window in windows[candidates[hashes(windows)]])
+                ids = ids[len(windows) * STEP :]
+    return len(shared - {None}), len(set(number_of.values()))
+
+
+def hashes(windows: np.ndarray) -> np.ndarray:
+    """A hash of 20 bits, from six ids of each window: (N, length) -> (N,)."""
+    six = windows[:, np.linspace(0, windows.shape[1] - 1, len(FACTORS)).astype(int)].astype(np.uint32)
+    return (six @ FACTORS) >> np.uint32(12)

@@ -1,18 +1,17 @@
-"""Documents -> a data set on disk: train.bin, val.bin and meta.json, all of them or none."""
+"""Documents -> a data set on disk: token ids in train.bin and val.bin, described by meta.json. kqv/data.py reads it."""
 
 import hashlib
 import itertools
 import json
 import os
 import re
-import shlex
 import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -21,29 +20,28 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kqv import ROOT
-from kqv.documents import Document, choose_by_content, cut_each
+from kqv.documents import Document
 from kqv.errors import UserError
-from kqv.machine import has_nvidia_driver
-from kqv.overlap import warn_of_overlap
+from kqv.splits import choose_by_content, cut_each, warn_of_overlap
 from kqv.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, utf8
 
-Batch = list[tuple[str, str | None]]  # (split, text); None for a text is the end of a document
-Encoded = dict[str, tuple[np.ndarray, int]]  # split -> its next token ids, and the bytes of text they stand for
+Batch = list[tuple[str, str | None]]  # (split, text); text None is the end of a document
+Encoded = dict[str, tuple[np.ndarray, int]]  # split -> its next token ids, and the bytes of text they encode
 
 SPLITS = ("train", "val")
-FEW_DOCUMENTS = 100  # fewer are too few to give whole ones away
-WORKERS = 16  # at most: the one thread that reads and writes has work for about 12, and each of them needs 11 MB
+FEW_DOCUMENTS = 100  # fewer documents are each cut in two, more are assigned whole
+WORKERS = 16  # at most: the thread that reads and writes keeps about 12 busy, and each takes 11 MB
 CHUNK = 100_000  # characters encoded at once; measured with tiktoken on 2 cores: 30,000 and 1,000,000 are slower
 
-# Byte-pair encoding works inside words, and in GPT-2's pattern for words whitespace is only ever at the start of one or
-# a word by itself. So where whitespace follows anything else a word ends, whatever the text around it; to cut there
-# does not change the ids. Characters and bytes can be cut anywhere, so a file without any whitespace is not held whole.
+# BPE works inside words, and in GPT-2's pattern for words whitespace only ever starts a word or is one by itself. So a
+# word ends wherever whitespace follows anything else, and cutting there does not change the ids. Characters and bytes
+# can be cut anywhere, so that a file without whitespace is not held in memory whole.
 WORD_END = re.compile(r"\S(?=\s)")
 ANYWHERE = re.compile(r".", re.DOTALL)
 
 
 def dataset_folder(name: str, data_dir: str, origin: dict[str, str]) -> Path:
-    """DATA_DIR/NAME; the default DATA_DIR is beside the code, any other is relative to the working directory."""
+    """DATA_DIR/NAME. The default DATA_DIR is in the checkout, any other is relative to the working directory."""
     return (ROOT / "data" if origin["data_dir"] == "default" else Path(data_dir)) / name
 
 
@@ -56,11 +54,12 @@ def write_dataset(
     total_bytes: int | None = None,
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """Write train.bin, val.bin and meta.json into `folder`, all of them or none; print and return what was made.
+    """Write train.bin, val.bin and meta.json into `folder`, print a summary, and return the content of meta.json.
 
-    `source` tells in words where the text came from. `total_bytes`, if known, is for the progress bar. A document is
-    followed by the end-of-text id, if the tokenizer has one and there is more than one document. Raises UserError
-    if a split would be empty, and OSError.
+    Atomic: on failure raises OSError or UserError and leaves the previous files intact. A process that is killed leaves
+    them too, or, while it moves the new ones, a folder without val.bin, which kqv/data.py refuses to open. If there are
+    several documents, each is followed by the end-of-text id, if the tokenizer has one. `source` says where the text
+    came from; `total_bytes`, if known, is for the progress bar.
     """
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction={val_fraction}: must be above 0 and below 1")
@@ -68,76 +67,56 @@ def write_dataset(
     first = list(itertools.islice(documents, FEW_DOCUMENTS))
     if not first:
         raise UserError(f"there is no text in {source}")
-    separate = tokenizer.end_of_text is not None and len(first) > 1
-    if len(first) < FEW_DOCUMENTS:
+    few = len(first) < FEW_DOCUMENTS
+    if few:
         parts, how = cut_each(first, val_fraction), f"the last {val_fraction:g} of each document is val"
     else:
         parts = choose_by_content(itertools.chain(first, documents), val_fraction)
         how = f"{val_fraction:g} of the documents are val, chosen by a hash of their text"
-    end = ANYWHERE if isinstance(tokenizer, CharTokenizer | ByteTokenizer) else WORD_END
+    separate = tokenizer.end_of_text is not None and len(first) > 1
+    cut = ANYWHERE if isinstance(tokenizer, CharTokenizer | ByteTokenizer) else WORD_END
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=folder) as unfinished:
-            workers = workers or min(os.cpu_count() or 1, WORKERS)
-            encoded = encode_all(batches(parts, end, separate), tokenizer, dtype, workers)
-            splits = write_splits(Path(unfinished), with_progress(encoded, total_bytes))
-            for split, counts in splits.items():
-                if not counts["tokens"]:
-                    raise UserError(f"nothing for the {split} split: there is too little text in {source}")
-            meta = {
-                "tokenizer": tokenizer.describe(),
-                "dtype": dtype.name,
-                "vocab_size": tokenizer.vocab_size,
-                "end_of_text": tokenizer.end_of_text,
-                "splits": splits,
-                "source": f"{source}; {how}",
-            }
-            with (Path(unfinished) / "meta.json").open("w", encoding="utf-8") as file:
-                json.dump(meta, file, ensure_ascii=False, indent=1)
-                sync(file)
-            # meta.json goes first and comes last: if there is one, the files beside it are the ones it describes
-            for name in ("meta.json", "train.bin", "val.bin"):
-                (folder / name).unlink(missing_ok=True)
-            for name in ("train.bin", "val.bin", "meta.json"):
-                (Path(unfinished) / name).rename(folder / name)
-    finally:
-        with suppress(OSError):
-            folder.rmdir()  # takes only an empty folder: one that this call made for nothing
+    with unfinished_folder(folder) as unfinished:
+        workers = workers or min(os.cpu_count() or 1, WORKERS)
+        encoded = encode_all(batches(parts, cut, separate), tokenizer, dtype, workers)
+        splits = write_splits(unfinished, with_progress(encoded, total_bytes))
+        for split, counts in splits.items():
+            if not counts["tokens"]:
+                raise UserError(f"nothing for the {split} split: there is too little text in {source}")
+        meta = {
+            "tokenizer": tokenizer.describe(),
+            "dtype": dtype.name,
+            "vocab_size": tokenizer.vocab_size,
+            "end_of_text": tokenizer.end_of_text,
+            "splits": splits,
+            "source": f"{source}; {how}",
+        }
+        with (unfinished / "meta.json").open("w", encoding="utf-8") as file:
+            json.dump(meta, file, ensure_ascii=False, indent=1)
+            sync(file)
+        # val.bin goes first and comes last, so old and new files together are never opened
+        (folder / "val.bin").unlink(missing_ok=True)
+        for name in ("train.bin", "meta.json", "val.bin"):
+            (unfinished / name).replace(folder / name)
     for split, counts in splits.items():
         print(f"{folder / split}.bin: {counts['tokens']:,} tokens from {counts['bytes']:,} bytes of text")
     print(f"{folder / 'meta.json'}: {meta['tokenizer']['kind']} tokenizer, vocabulary of {tokenizer.vocab_size:,}")
-    if len(first) < FEW_DOCUMENTS:  # if whole documents are chosen, none is in both splits
-        warn_of_overlap(folder, dtype, 256 if end is ANYWHERE else 64, meta["end_of_text"])
+    if few:  # whole documents are never in both splits
+        warn_of_overlap(folder, dtype, 256 if cut is ANYWHERE else 64, tokenizer.end_of_text)
     return meta
-
-
-def print_next(folder: Path, config_file: str, origin: dict[str, str]) -> None:
-    """Print the command that trains on the data set just made, in an out_dir of its own."""
-    words = ["python", "train.py", f"configs/{config_file}.py"]
-    if config_file.removeprefix("train_").removeprefix("finetune_").removesuffix("_cpu") != folder.name:
-        words += [f"--dataset={folder.name}", f"--out_dir=out-{folder.name}"]
-    if origin["data_dir"] != "default":
-        words.append(f"--data_dir={folder.parent}")
-    print("next:", shlex.join(words))
-
-
-def small_model_config() -> str:
-    """The config of a small model that suits this machine."""
-    return "train_shakespeare_char" if has_nvidia_driver() else "train_shakespeare_char_cpu"
 
 
 # -- from text to ids --------------------------------------------------------------------------------------------------
 
 
-def chunks(pieces: Document, end: re.Pattern) -> Iterator[str]:
-    """The same text, in pieces of about CHUNK characters, cut where `end` matches."""
+def chunks(pieces: Document, cut: re.Pattern) -> Iterator[str]:
+    """The same text in chunks of CHUNK characters or a few more, cut after a match of `cut`."""
     text = ""
     for piece in pieces:
         text += piece
         start = 0
-        while found := end.search(text, start + CHUNK):
+        while found := cut.search(text, start + CHUNK):
             yield text[start : found.end()]
             start = found.end()
         text = text[start:]
@@ -145,12 +124,12 @@ def chunks(pieces: Document, end: re.Pattern) -> Iterator[str]:
         yield text
 
 
-def batches(parts: Iterable[tuple[str, Document]], end: re.Pattern, separate: bool) -> Iterator[Batch]:
-    """Batches of about CHUNK characters each; where they are to be separate, each document is followed by its end."""
+def batches(parts: Iterable[tuple[str, Document]], cut: re.Pattern, separate: bool) -> Iterator[Batch]:
+    """Batches of about CHUNK characters; if `separate`, the end of each text that is not empty is marked."""
     batch, size = [], 0
     for split, pieces in parts:
         text = None
-        for text in chunks(pieces, end):
+        for text in chunks(pieces, cut):
             batch.append((split, text))
             size += len(text)
             if size >= CHUNK:
@@ -162,11 +141,10 @@ def batches(parts: Iterable[tuple[str, Document]], end: re.Pattern, separate: bo
 
 
 def encode_batch(batch: Batch, tokenizer: Tokenizer, dtype: np.dtype) -> Encoded:
-    result = {}
+    result, end = {}, np.array([tokenizer.end_of_text or 0])
     for split in SPLITS:
-        texts = [text for of, text in batch if of == split]
+        texts = [text for name, text in batch if name == split]
         if texts:
-            end = np.array([tokenizer.end_of_text or 0])
             ids = np.concatenate([end if text is None else tokenizer.encode_array(text) for text in texts])
             assert ids.min() >= 0 and ids.max() < tokenizer.vocab_size <= np.iinfo(dtype).max + 1
             result[split] = ids.astype(dtype), sum(len(utf8(text)) for text in texts if text is not None)
@@ -174,7 +152,7 @@ def encode_batch(batch: Batch, tokenizer: Tokenizer, dtype: np.dtype) -> Encoded
 
 
 def encode_all(batches: Iterable[Batch], tokenizer: Tokenizer, dtype: np.dtype, workers: int) -> Iterator[Encoded]:
-    """Encode on `workers` threads (tiktoken and numpy work outside the GIL), in order, a few batches ahead."""
+    """Encode on `workers` threads, in order, a few batches ahead. tiktoken and numpy release the GIL."""
     with ThreadPoolExecutor(workers) as pool:
         ahead = deque()
         try:
@@ -191,8 +169,20 @@ def encode_all(batches: Iterable[Batch], tokenizer: Tokenizer, dtype: np.dtype, 
 # -- to the disk -------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def unfinished_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder inside `folder`, which is made for it; `folder` is removed too if it is empty at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix="unfinished-", dir=folder) as unfinished:
+            yield Path(unfinished)
+    finally:
+        with suppress(OSError):  # it is not empty
+            folder.rmdir()
+
+
 def write_splits(folder: Path, encoded: Iterable[Encoded]) -> dict[str, dict[str, Any]]:
-    """Append what comes to the .bin files; return the tokens, bytes of text and SHA-256 of each split."""
+    """Append the ids to train.bin and val.bin; return "tokens", "bytes" (of text) and "sha256" of each split."""
     counts = {split: {"tokens": 0, "bytes": 0} for split in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
     with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
@@ -210,7 +200,7 @@ def write_splits(folder: Path, encoded: Iterable[Encoded]) -> dict[str, dict[str
 def write(file: BinaryIO, ids: np.ndarray) -> None:
     try:
         file.write(ids.data)
-    except OSError as error:  # the disk is full, say: the message would not tell which
+    except OSError as error:  # a full disk, for example: name the file
         raise OSError(error.errno, error.strerror, file.name) from error
 
 
@@ -220,7 +210,7 @@ def sync(file: IO) -> None:
 
 
 def with_progress(encoded: Iterable[Encoded], total_bytes: int | None) -> Iterator[Encoded]:
-    """Pass on what comes and show how far it is on stderr: a bar on a terminal, else a line every ten seconds."""
+    """Pass `encoded` on, and show progress on stderr: a bar on a terminal, else a line every ten seconds."""
     console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     tokens, last = 0, time.monotonic()

@@ -8,17 +8,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # kqv, also from a
 from kqv import cli
 from kqv.documents import web_documents
 from kqv.settings import WebText
+from kqv.suggest import print_next
 from kqv.tokenizer import GPT2Tokenizer
-from kqv.writer import dataset_folder, print_next, write_dataset
+from kqv.writer import dataset_folder, write_dataset
 
 
 def main(cfg: WebText, origin: dict[str, str]) -> None:
-    """Make the data set fineweb: its sample of 10 billion tokens, 20 GB, downloaded as it goes."""
-    tokenizer = GPT2Tokenizer()
+    """Make the data set fineweb: its sample of 10 billion tokens, 20 GB, encoded while it is downloaded."""
+    tokenizer = GPT2Tokenizer()  # before the download, because it can fail
     documents, source = web_documents(cfg.input, cfg.limit, "HuggingFaceFW/fineweb", "sample-10BT")
     folder = dataset_folder("fineweb", cfg.data_dir, origin)
-    write_dataset(folder, documents, tokenizer, f"{source}, by prepare/fineweb.py", cfg.val_fraction)
-    print_next(folder, "train_gpt2", origin)
+    meta = write_dataset(folder, documents, tokenizer, f"{source}, by prepare/fineweb.py", cfg.val_fraction)
+    print_next(folder, meta, origin)
 
 
 if __name__ == "__main__":

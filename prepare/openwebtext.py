@@ -1,4 +1,4 @@
-"""OpenWebText (8 million documents, 9 billion tokens) in GPT-2's byte-pair encoding."""
+"""OpenWebText (8 million documents, 9 billion tokens), in GPT-2's byte-pair encoding."""
 
 import sys
 from pathlib import Path
@@ -8,19 +8,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # kqv, also from a
 from kqv import cli
 from kqv.documents import web_documents
 from kqv.settings import WebText
+from kqv.suggest import print_next
 from kqv.tokenizer import GPT2Tokenizer
-from kqv.writer import dataset_folder, print_next, write_dataset
+from kqv.writer import dataset_folder, write_dataset
 
 
 def main(cfg: WebText, origin: dict[str, str]) -> None:
-    """Make the data set openwebtext: 8 million documents, 9 billion tokens, 18 GB, downloaded as it goes."""
-    tokenizer = GPT2Tokenizer()
-    # OpenWebText itself, Skylion007/openwebtext, is a script, which `datasets` has not run since version 4, and the
-    # parquet files that the hub makes of such stop after some gigabytes. This is a copy of all of it, in parquet.
+    """Make the data set openwebtext: 8 million documents, 9 billion tokens, 18 GB, encoded while it is downloaded."""
+    tokenizer = GPT2Tokenizer()  # before the download, because it can fail
+    # Skylion007/openwebtext, the original, is a script, which `datasets` has not run since version 4, and the hub's
+    # conversion of it to parquet stops after a few gigabytes. This is a copy of all of it in parquet.
     documents, source = web_documents(cfg.input, cfg.limit, "dylanebert/openwebtext")
     folder = dataset_folder("openwebtext", cfg.data_dir, origin)
-    write_dataset(folder, documents, tokenizer, f"{source}, by prepare/openwebtext.py", cfg.val_fraction)
-    print_next(folder, "train_gpt2", origin)
+    meta = write_dataset(folder, documents, tokenizer, f"{source}, by prepare/openwebtext.py", cfg.val_fraction)
+    print_next(folder, meta, origin)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from kqv import cli
 from kqv.documents import tiny_shakespeare
 from kqv.errors import UserError
 from kqv.settings import Shakespeare
+from kqv.suggest import print_next
 from kqv.tokenizer import CharTokenizer
-from kqv.writer import dataset_folder, print_next, small_model_config, write_dataset
+from kqv.writer import dataset_folder, write_dataset
 
 
 def main(cfg: Shakespeare, origin: dict[str, str]) -> None:
@@ -18,10 +19,10 @@ def main(cfg: Shakespeare, origin: dict[str, str]) -> None:
     text, source = tiny_shakespeare(cfg.input)
     if not text:
         raise UserError(f"{source} is empty")
-    folder = dataset_folder("shakespeare_char", cfg.data_dir, origin)
     tokenizer = CharTokenizer("".join(sorted(set(text))))
-    write_dataset(folder, [[text]], tokenizer, f"{source}, by prepare/shakespeare_char.py")
-    print_next(folder, small_model_config(), origin)
+    folder = dataset_folder("shakespeare_char", cfg.data_dir, origin)
+    meta = write_dataset(folder, [[text]], tokenizer, f"{source}, by prepare/shakespeare_char.py")
+    print_next(folder, meta, origin)
 
 
 if __name__ == "__main__":

@@ -12,30 +12,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # kqv, also from a
 from kqv import cli
 from kqv.documents import find_files, read_documents
 from kqv.errors import UserError
+from kqv.suggest import print_next
 from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
-from kqv.writer import dataset_folder, print_next, small_model_config, write_dataset
-
-LARGE = 10**8  # tokens from which a text is worth a model of GPT-2's size
+from kqv.writer import dataset_folder, write_dataset
 
 
 @dataclass(kw_only=True)
 class Text:
     input: Annotated[tuple[str, ...], "file, folder, or - for standard input; can be given more than once"] = ()
     name: Annotated[str | None, "name of the data set; None: that of the input"] = None
-    tokenizer: Annotated[Literal["char", "byte", "gpt2"], "characters, bytes, or GPT-2's byte pairs"] = "gpt2"
+    tokenizer: Annotated[Literal["char", "byte", "gpt2"], "characters, bytes, or GPT-2's BPE (a download)"] = "gpt2"
     val_fraction: Annotated[float, "share of the text that is kept for validation"] = 0.1
-    field: Annotated[str, "where .jsonl and .parquet files have their text"] = "text"
+    field: Annotated[str, "field or column of .jsonl and .parquet files that holds the text"] = "text"
     data_dir: Annotated[str, "folder of data sets"] = "data"
 
 
 def make_tokenizer(kind: str, files: list[Path], field: str) -> Tokenizer:
+    """The tokenizer of that kind; "char" has the characters of the files. Raises UserError if it cannot be had."""
     if kind == "byte":
         return ByteTokenizer()
     if kind == "gpt2":
-        try:
-            return GPT2Tokenizer()
-        except UserError as error:
-            raise UserError(f"{error}; --tokenizer=byte and --tokenizer=char need no download") from None
+        return GPT2Tokenizer("--tokenizer=byte and --tokenizer=char need no download")
     characters, count = set(), 0
     for count, document in enumerate(read_documents(files, field), 1):  # noqa: B007
         for piece in document:
@@ -46,7 +43,7 @@ def make_tokenizer(kind: str, files: list[Path], field: str) -> Tokenizer:
 
 
 def main(cfg: Text, origin: dict[str, str]) -> None:
-    """Make a data set from any text.
+    """Make a data set from any text: files, folders, .jsonl, .parquet, .gz, or standard input.
 
     python prepare/text.py --input=book.txt --tokenizer=char
     """
@@ -55,10 +52,10 @@ def main(cfg: Text, origin: dict[str, str]) -> None:
     name = cfg.name or Path(cfg.input[0]).resolve().name.split(".")[0]
     if cfg.name is None and (len(cfg.input) > 1 or cfg.input == ("-",)):
         raise UserError("the data set needs a name: --name=NAME")
-    if Path(name).name != name or name.startswith("."):
+    if not name or Path(name).name != name or name.startswith("."):
         raise UserError(f"name={name!r}: must be the name of a folder to be made in data_dir")
     with tempfile.TemporaryDirectory() as temporary:
-        files = find_files(tuple(path for path in cfg.input if path != "-"))
+        files = find_files(path for path in cfg.input if path != "-")
         if "-" in cfg.input:
             files.append(Path(temporary) / "standard input")
             with files[-1].open("wb") as spool:
@@ -70,10 +67,7 @@ def main(cfg: Text, origin: dict[str, str]) -> None:
         total_bytes = None if packed else sum(path.stat().st_size for path in files)
         source = f"{', '.join(cfg.input)}, by prepare/text.py"
         meta = write_dataset(folder, documents, tokenizer, source, cfg.val_fraction, total_bytes)
-    config_file = small_model_config()
-    if cfg.tokenizer == "gpt2" and meta["splits"]["train"]["tokens"] > LARGE and not config_file.endswith("cpu"):
-        config_file = "train_gpt2"
-    print_next(folder, config_file, origin)
+    print_next(folder, meta, origin)
 
 
 if __name__ == "__main__":

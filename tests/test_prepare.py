@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -21,10 +22,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kqv import documents, overlap, writer
-from kqv.cli import parse
+from kqv import documents, splits, writer
+from kqv.data import open_dataset
 from kqv.errors import UserError
-from kqv.settings import TrainConfig
+from kqv.suggest import print_next
 from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_description
 from kqv.writer import write_dataset
 
@@ -58,7 +59,7 @@ def some_text(seed: int, n_words: int) -> str:
 
 
 def read(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """meta.json and the ids of each split, after checking that all that meta.json says of the files is so."""
+    """meta.json and the ids of each split, after checking them against each other."""
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "train.bin", "val.bin"]
     ids, tokenizer = {}, from_description(meta["tokenizer"])
@@ -162,12 +163,12 @@ def test_a_large_vocabulary_is_written_in_four_bytes(tmp_path):
 
 
 def book(seed: int, n_words: int) -> str:
-    """Words that nobody wrote in this order before: in 256 characters or 64 tokens no two books agree."""
+    """Random words: no two books share a stretch of 256 characters or 64 tokens."""
     return " ".join(np.random.default_rng(seed).choice([*"abcdefghij", "the", "dog", "fox's", "élan"], n_words))
 
 
 def warned(capfd) -> tuple[int, int, str] | None:
-    """(stretches in both, stretches, share) of the warning, if there is one and nothing else."""
+    """The numbers of the warning: shared stretches, all stretches, share. None if stderr is empty."""
     err = capfd.readouterr().err
     found = re.fullmatch(
         r"warning: (\d+) of (\d+) stretches of the validation split \((.*)\), (?:64|256) tokens each, "
@@ -193,13 +194,13 @@ def test_a_text_that_comes_again_at_its_end_is_warned_of(tmp_path, gpt2, capfd, 
 @pytest.mark.parametrize("block", [1, 50, 1003])
 @pytest.mark.parametrize("place", range(3000, 3009))
 def test_a_copy_is_found_at_every_place(tmp_path, monkeypatch, dtype, block, place):
-    monkeypatch.setattr(overlap, "BLOCK", block)
+    monkeypatch.setattr(splits, "BLOCK", block)
     train, val = np.random.default_rng(0).integers(0, 2**16, (2, 5000)).astype(dtype)
     val[1000:1071] = train[place : place + 71]  # 64, and the 7 that the start of the stretch may be off
     val[2000:2063] = train[:63]
     train.tofile(tmp_path / "train.bin")
     val.tofile(tmp_path / "val.bin")
-    shared, total = overlap.shared_stretches(tmp_path, np.dtype(dtype), 64, None)
+    shared, total = splits.shared_stretches(tmp_path, np.dtype(dtype), 64, None)
     assert (shared, total) == (1, (5000 - 71) // 8 + 1)
 
 
@@ -216,7 +217,7 @@ def test_text_that_is_new_is_not_warned_of(tmp_path, gpt2, capfd, kind):
 def test_copies_among_few_documents_are_warned_of_where_they_lie_across_the_cut(tmp_path, capfd):
     books = [book(seed, 4000) for seed in range(8)]
     write_dataset(tmp_path / "same", [[text] for text in books + books], ByteTokenizer(), "a test")
-    assert warned(capfd) is None  # the same text at the same place: its end is in val twice, and in train never
+    assert warned(capfd) is None  # whole copies: their ends are both in val, and not in train
     longer = [books[0] + book(9, 1000)]
     write_dataset(tmp_path / "longer", [[text] for text in books + longer], ByteTokenizer(), "a test")
     shared, total, _ = warned(capfd)
@@ -265,19 +266,32 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, when):
     assert read(old)[1]["train"].tolist() == list(b"bette")
 
 
-def test_a_rename_that_fails_leaves_no_meta_json(tmp_path, monkeypatch):
-    write_dataset(tmp_path / "set", [["good old text"]], ByteTokenizer(), "a test")
-    rename = Path.rename
+@pytest.mark.parametrize("operations", range(5))
+def test_killed_while_files_are_moved_it_is_refused_or_whole(tmp_path, monkeypatch, operations):
+    """Of the last four operations, an unlink and three renames, only so many are done."""
+    before, after = "good old text", "new text, and more of it"
+    write_dataset(tmp_path / "set", [[before]], ByteTokenizer(), "a test")
+    left = iter(range(operations))
 
-    def fail_on_val(path, target):
-        if path.name == "val.bin":
-            raise OSError(errno.EIO, "Input/output error")
-        return rename(path, target)
+    def until_killed(operation):
+        def call(*arguments, **options):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return operation(*arguments, **options)
 
-    monkeypatch.setattr(Path, "rename", fail_on_val)
-    with pytest.raises(OSError):
-        write_dataset(tmp_path / "set", [["good new text"]], ByteTokenizer(), "a test")
-    assert [path.name for path in (tmp_path / "set").iterdir()] == ["train.bin"]
+        return call
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", until_killed(Path.unlink))
+        patch.setattr(Path, "replace", until_killed(Path.replace))
+        write_dataset(tmp_path / "set", [[after]], ByteTokenizer(), "a test")
+    if operations in (0, 4):
+        dataset = open_dataset(str(tmp_path), "set", block_size=1, eval_iters=1)
+        ids = np.concatenate([dataset.splits[name].shards[0] for name in ("train", "val")])
+        assert bytes(ids.astype(np.uint8)).decode() == (after if operations else before)
+    else:
+        with pytest.raises(UserError, match=r"has no val\.bin|train\.bin is damaged"):
+            open_dataset(str(tmp_path), "set", block_size=1, eval_iters=1)
 
 
 def test_a_file_size_limit_is_one_line_and_leaves_nothing(kqv, tmp_path):
@@ -292,17 +306,23 @@ def test_a_file_size_limit_is_one_line_and_leaves_nothing(kqv, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
-def test_control_c_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_killed_while_it_writes_it_leaves_nothing_that_looks_whole(tmp_path, number):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "a"}\n' * 400_000, encoding="utf-8")
     command = [sys.executable, ROOT / "prepare/text.py", f"--input={rows}", "--tokenizer=byte", "--data_dir=data"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     while process.poll() is None and not list(tmp_path.glob("data/rows/unfinished-*/train.bin")):
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stdout, stderr) == (130, "", "error: interrupted\n")
-    assert not (tmp_path / "data/rows").exists()
+    if number == signal.SIGINT:
+        assert (process.returncode, stdout, stderr) == (130, "", "error: interrupted\n")
+        assert not (tmp_path / "data/rows").exists()
+    else:
+        assert all(path.name.startswith("unfinished-") for path in (tmp_path / "data/rows").iterdir())
+        with pytest.raises(UserError, match=r"has no train\.bin"):
+            open_dataset(str(tmp_path / "data"), "rows", block_size=1, eval_iters=1)
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
@@ -343,6 +363,7 @@ def test_help_lists_the_options(kqv, script):
         ("text", ["--input=good.txt", "--val_fraction=0"], "val_fraction=0.0: must be above 0"),
         ("text", ["--input=good.txt", "--val_fraction=nan"], "val_fraction=nan"),
         ("text", ["--input=good.txt", "--name=../up"], "name='../up'"),
+        ("text", ["--input=.hidden"], "name=''"),
         ("text", ["--input=good.txt", "--input=short.txt"], "--name=NAME"),
         ("text", ["--input=-"], "--name=NAME"),
         ("text", ["--input=good.txt", "--data_dir=good.txt"], "good.txt"),
@@ -360,6 +381,7 @@ def test_help_lists_the_options(kqv, script):
 def test_what_cannot_work_is_one_line(tmp_path, monkeypatch, capfd, gpt2_bpe, script, arguments, complaint):
     files = {
         "good.txt": b"a good text, long enough",
+        ".hidden": b"a good text, long enough",
         "short.txt": b"a",
         "empty.txt": b"",
         "binary": b"\x7fELF\0\0\0",
@@ -390,13 +412,15 @@ def test_text_from_a_folder(kqv, tmp_path):
     (folder / "deep").mkdir(parents=True)
     (folder / ".hidden").write_text("hidden", encoding="utf-8")
     (folder / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
+    (folder / "truncated.txt.gz").write_bytes(gzip.compress(b"some text" * 1000)[:-20])
     (folder / "b.md").write_text("Bé" * 50, encoding="utf-8")
     (folder / "deep" / "a.txt").write_text("a" * 100, encoding="utf-8")
     (folder / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"text": "%s"}\n\n{"text": "%s"}' % (b"x" * 10, b"y" * 10)))
     result = kqv("prepare/text.py", f"--input={folder}", "--tokenizer=char", "--data_dir=made")
     assert result.returncode == 0, result.stderr
-    assert "skipped" in result.stderr and "picture.png" in result.stderr and "hidden" not in result.stderr
-    assert "python train.py" in result.stdout and "'--dataset=my texts'" in result.stdout
+    assert "skipped" in result.stderr and "hidden" not in result.stderr
+    assert "picture.png: not UTF-8 text" in result.stderr
+    assert "truncated.txt.gz: the gzip file is cut short" in result.stderr
     meta, ids = read(tmp_path / "made" / "my texts")
     assert meta["tokenizer"] == {"kind": "char", "chars": "Baxyé", "end_of_text": True}
     tokenizer, end = from_description(meta["tokenizer"]), "<|endoftext|>"
@@ -404,31 +428,59 @@ def test_text_from_a_folder(kqv, tmp_path):
     assert tokenizer.decode(ids["val"]) == end.join(["Bé" * 5, "a" * 10, "x", "y", ""])
 
 
+def next_commands(out: str) -> dict[str, list[str]]:
+    """What a prepare command suggests: {"next": the words of the command}, and "with GPUs" if there are none here."""
+    return {key: shlex.split(text) for key, text in re.findall(r"^(next|with GPUs): (.*)$", out, re.MULTILINE)}
+
+
 @pytest.mark.parametrize(
-    "script, arguments, driver, expected",
+    "script, arguments, driver, config, out_dir",
     [
-        ("text", ["--name=own", "--tokenizer=char"], False, "train_shakespeare_char_cpu.py --dataset=own"),
-        ("text", ["--name=own", "--tokenizer=byte"], True, "train_shakespeare_char.py --dataset=own"),
-        ("text", ["--name=own", "--tokenizer=gpt2"], False, "train_shakespeare_char_cpu.py --dataset=own"),
-        ("shakespeare_char", [], False, "train_shakespeare_char_cpu.py --data_dir"),
-        ("shakespeare_char", [], True, "train_shakespeare_char.py --data_dir"),
-        ("shakespeare", [], False, "train_shakespeare_char_cpu.py --dataset=shakespeare"),
-        ("shakespeare", [], True, "finetune_shakespeare.py --data_dir"),
+        ("text", ["--tokenizer=char"], False, "train_shakespeare_char_cpu", "out-my text"),
+        ("text", ["--tokenizer=byte"], True, "train_shakespeare_char", "out-my text"),
+        ("text", ["--tokenizer=gpt2"], False, "train_shakespeare_char_cpu", "out-my text"),
+        ("text", ["--tokenizer=gpt2"], True, "train_shakespeare_char", "out-my text"),
+        ("shakespeare_char", [], False, "train_shakespeare_char_cpu", "out-shakespeare-char-cpu"),
+        ("shakespeare_char", [], True, "train_shakespeare_char", "out-shakespeare-char"),
+        ("shakespeare", [], False, "train_shakespeare_char_cpu", "out-shakespeare"),
     ],
 )
-def test_the_next_command_suits_the_machine_and_the_data(
-    command, tmp_path, monkeypatch, gpt2_bpe, script, arguments, driver, expected
+def test_the_next_command_suits_this_machine_and_runs(
+    command, tmp_path, monkeypatch, gpt2_bpe, script, arguments, driver, config, out_dir
 ):
-    monkeypatch.setattr("kqv.writer.has_nvidia_driver", lambda: driver)
-    (tmp_path / "text.txt").write_text(some_text(0, 3000), encoding="utf-8")
-    result = command(f"prepare/{script}.py", "--input=text.txt", "--data_dir=sets", *arguments)
+    monkeypatch.setattr("kqv.suggest.has_nvidia_driver", lambda: driver)
+    (tmp_path / "my text.txt").write_text(some_text(0, 400), encoding="utf-8")  # val is shorter than block_size
+    result = command(f"prepare/{script}.py", "--input=my text.txt", "--data_dir=sets", *arguments)
     assert result.code == 0, result.err
-    (words,) = [shlex.split(line) for line in result.out.splitlines() if line.startswith("next: ")]
-    assert expected in shlex.join(words)
-    cfg, _ = parse(TrainConfig, words[3:])
-    assert (tmp_path / cfg.data_dir / cfg.dataset / "train.bin").is_file()
-    if "own" in expected:
-        assert cfg.out_dir == "out-own"
+    commands = next_commands(result.out)
+    assert list(commands) == ["next"]
+    python, train, *settings = commands["next"]
+    assert (python, train, settings[0]) == ("python", str(ROOT / "train.py"), f"configs/{config}.py")
+    tiny = ("--n_layer=1", "--n_head=1", "--n_embd=8", "--batch_size=2", "--max_iters=1", "--eval_iters=1")
+    result = command("train.py", *settings, *tiny, "--device=cpu")
+    assert result.code == 0, result.err
+    assert (tmp_path / out_dir / "ckpt.pt").is_file()
+    recorded = json.loads((tmp_path / out_dir / "config.json").read_text(encoding="utf-8"))["data"]
+    assert Path(recorded["folder"]) == Path("sets") / ("my text" if script == "text" else script)
+
+
+def test_the_next_command_of_larger_data(tmp_path, monkeypatch, capsys):
+    def suggested(name: str, tokens: int, driver: bool, **configs: str) -> dict[str, list[str]]:
+        monkeypatch.setattr("kqv.suggest.has_nvidia_driver", lambda: driver)
+        meta = {"tokenizer": {"kind": "gpt2"}, "splits": {"train": {"tokens": tokens}, "val": {"tokens": 10**6}}}
+        print_next(ROOT / "data" / name, meta, {"data_dir": "default"}, **configs)
+        return {key: words[1:] for key, words in next_commands(capsys.readouterr().out).items()}
+
+    monkeypatch.chdir(ROOT)
+    cpu = ["train.py", "configs/train_shakespeare_char_cpu.py", "--dataset=openwebtext", "--out_dir=out-openwebtext"]
+    gpu = ["train.py", "configs/train_gpt2.py"]
+    own = [*gpu, "--dataset=own", "--out_dir=out-own", "--wandb_log=False"]
+    assert suggested("openwebtext", 10**9, True) == {"next": gpu}
+    assert suggested("openwebtext", 10**9, False) == {"next": cpu, "with GPUs": gpu}
+    assert suggested("openwebtext", 10**6, False) == {"next": cpu}
+    assert suggested("own", 10**9, True) == {"next": own}
+    finetune = {"next": ["train.py", "configs/finetune_shakespeare.py"]}
+    assert suggested("shakespeare", 300_000, True, gpu_config="finetune_shakespeare") == finetune
 
 
 @pytest.mark.parametrize(
@@ -460,7 +512,8 @@ def test_python_stdlib_needs_nothing_and_is_the_same_each_time(kqv, tmp_path):
     for place, tokenizer in (("one", "char"), ("two", "char"), ("bytes", "byte")):
         result = kqv("prepare/python_stdlib.py", f"--tokenizer={tokenizer}", f"--data_dir={place}")
         assert result.returncode == 0 and not result.stderr
-        assert f"next: python train.py configs/train_python_stdlib.py --data_dir={place}\n" in result.stdout
+        next_command = f"next: python {ROOT / 'train.py'} configs/train_python_stdlib.py --data_dir={place}\n"
+        assert result.stdout.endswith(next_command)
     for name in ("train.bin", "val.bin", "meta.json"):
         one, two = ((tmp_path / place / "python_stdlib" / name).read_bytes() for place in ("one", "two"))
         assert one == two
