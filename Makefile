@@ -42,9 +42,9 @@ gpu: .venv/test
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "kqv needs Python 3.10 or later, this is " + sys.version'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet .
+	$(BIN)/pip install --quiet -e .
 	touch $@
 
 .venv/test: .venv/run
-	$(BIN)/pip install --quiet '.[gpt2,hub,wandb,test]'
+	$(BIN)/pip install --quiet -e '.[gpt2,hub,wandb,test]'
 	touch $@

@@ -2,9 +2,9 @@
 
 python bench.py train generate --peer=../nanoGPT --size=small --json=bench.json
 
-Each side runs in processes of its own, in turn (A B A B ...), on the same shapes, data and threads; beside it stands
-what this machine can do at best. The peer is a checkout of yours, run as it is, and nothing is written into it. This
-process never imports torch: on Linux, the peak memory of a process it starts would not read lower than its own.
+Each side runs in processes of its own, in turn (A B A B ...), on the same shapes, data and threads. The table also
+shows what share of this machine's limit is reached. The peer is a checkout of yours, run as it is; nothing is written
+into it. This process never imports torch: on Linux, the peak memory of a child would not read lower than its own.
 """
 
 import importlib.metadata
@@ -77,7 +77,7 @@ class Bench:
             except ValueError as error:
                 raise UserError(f"{key}={getattr(self, key)!r}: {error}") from None
         if self.json and (Path(self.json).is_dir() or not Path(self.json).resolve().parent.is_dir()):
-            raise UserError(f"json={self.json!r}: not a file in a folder that there is")
+            raise UserError(f"json={self.json!r}: expected a file in an existing folder")
 
     @property
     def nanogpt(self) -> str | None:
@@ -96,7 +96,7 @@ def versions(peers: tuple[str, ...]) -> dict[str, Any]:
 
 
 def cells(result: dict[str, Any]) -> list[str]:
-    """A row of the table: medians, with the least and the most of all runs."""
+    """A row of the table: medians, with the least and the greatest value of all runs."""
 
     def shown(key: str, form: str) -> str:
         runs = result.get(f"{key}_runs", [])
@@ -132,7 +132,7 @@ def main(cfg: Bench, origin: dict[str, str]) -> None:
                         rows.append(result | {"versions": known})
             if cfg.json:
                 write_whole(Path(cfg.json), json.dumps(rows[0] if len(rows) == 1 else rows, indent=1) + "\n")
-    finally:  # what there is, also where a task fails
+    finally:  # also if a task fails
         heading = ["task", "size", "ours (spread)", "peer (spread)", "of limit", "unit", "peak MB", "ratio"]
         if rows:
             print_table([heading, *map(cells, rows)])

@@ -1,8 +1,8 @@
-"""The transformer, all of it: a GPT reads tokens and predicts, at each position, the token that comes next.
+"""The whole transformer: a GPT reads tokens and predicts, at each position, the next token.
 
 Every shape below is written in these letters:
 
-    B  batch, sequences side by side        V  vocab_size, different tokens
+    B  batch, sequences side by side        V  vocab_size, number of different tokens
     T  time, tokens of each sequence        C  n_embd, channels: the width of the residual stream
     H  n_head, heads that ask (queries)     G  n_kv_head, heads that answer (keys, values); G = H unless set
     D  head_dim, width of a head, C / H     S  tokens attended to: T, or cached + T when generating
@@ -11,13 +11,13 @@ Every shape below is written in these letters:
 The path of a batch through the model:
 
     idx (B, T) -> token + position embedding -> x (B, T, C)
-    n_layer times:  x = x + attention(norm(x))     tokens exchange information, each with those before it
-                    x = x + mlp(norm(x))           each token thinks for itself
-                    (short_conv: x, and the MLP's input, first take in something of the last few tokens)
+    n_layer times:  x = x + attention(norm(x))     each token collects information from the tokens before it
+                    x = x + mlp(norm(x))           each token is processed on its own
+                    (short_conv: first mixes x, and the MLP's input, with the last few tokens)
     norm -> head -> logits (B, T, V): softmax(logits[b, t]) is the distribution of token t + 1 of sequence b
 
-Blocks only ever *add* to x, the residual stream (He et al. 2015, arXiv:1512.03385), so information and gradients have
-a direct path through; normalising before each branch, not after, keeps deep stacks trainable (GPT-2, Radford et al.
+Blocks only *add* to x, the residual stream (He et al. 2015, arXiv:1512.03385), so information and gradients have a
+direct path through. Normalising before each branch, not after it, keeps deep stacks trainable (GPT-2, Radford et al.
 2019). Attention is from Vaswani et al. 2017, arXiv:1706.03762. The defaults, and the names of the weights, are GPT-2's.
 """
 
@@ -48,7 +48,7 @@ class GPTConfig:
     head_dim: int | None = None  # None: n_embd / n_head
     n_inner: int | None = None  # None: 4 n_embd; swiglu has a third matrix, so 8/3 n_embd
     qk_norm: bool = False
-    short_conv: int = 0  # earlier tokens that each token is mixed with, twice in each block
+    short_conv: int = 0  # number of earlier tokens that each token is mixed with, twice in each block
     tie_embeddings: bool = True
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
@@ -80,7 +80,7 @@ class GPTConfig:
             raise ValueError(wrong[0])
 
 
-# -- positions: attention alone sees a set of tokens, not a sequence; these tell it the order ------------------------
+# -- positions: without them, attention would see a set of tokens, not a sequence --------------------------------------
 
 POSITIONS = ("learned", "sinusoidal", "rope", "none")
 
@@ -93,15 +93,15 @@ def sinusoidal_table(block_size: int, n_embd: int) -> Tensor:
 
 
 def rotary_table(pos: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, (T, D) each, of the angle by which each pair of channels turns at each position `pos` (T)."""
+    """cos and sin, (T, D) each, of the angles by which rope turns each pair of channels at the positions `pos` (T)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=pos.device, dtype=torch.float32) / head_dim)  # (D/2)
     angle = torch.outer(pos.float(), frequency).repeat(1, 2)  # (T, D): channel i is paired with i + D/2
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs of x (B, H, T, D). RoPE, Su et al. 2021, arXiv:2104.09864: the product of a query and a
-    key that were both turned by their positions depends on the distance between them alone."""
+    """Turn each pair of channels of x (B, H, T, D) by its angle, so that the product of a query and a key depends on
+    the distance between their positions: RoPE, Su et al. 2021, arXiv:2104.09864."""
     left, right = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
     return (x * cos + torch.cat((-right, left), dim=-1) * sin).type_as(x)
 
@@ -117,14 +117,14 @@ def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout, mask: Tensor | None = None) -> Tensor:
     """softmax(Q K^T / sqrt(D) + mask) V, written out. q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
 
-    `mask` (T, S) is causal_mask's unless given. The weights pass through `dropout`, so a forward hook on that module
+    `mask` (T, S) is causal_mask unless given. The weights pass through `dropout`, so a forward hook on that module
     sees the (B, H, T, S) attention maps.
     """
     k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)  # (B, H, S, D): H/G query heads share one key/value head
     v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)  # (B, H, S, D)
     scores = q @ k.transpose(-2, -1)  # (B, H, T, S): how well what t asks for matches what s offers
-    # A sum of D products of unit variance has variance D; unscaled, the softmax would be all but one-hot from the
-    # start and pass next to no gradient.
+    # A sum of D products of unit variance has variance D. Without scaling, the softmax would be nearly one-hot from the
+    # start, and its gradient nearly zero.
     scores = scores / math.sqrt(q.size(-1))
     mask = causal_mask(q.size(2), k.size(2), q.device) if mask is None else mask
     # exp(-inf) = 0: a token gives no weight to its future, so all T predictions can be trained in one pass
@@ -134,9 +134,9 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout, mas
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout, mask: Tensor | None = None) -> Tensor:
-    """The same in one fused kernel, where the (T, S) weights need never exist (arXiv:2205.14135)."""
+    """The same in one fused kernel, which need not store the (T, S) weights (FlashAttention, arXiv:2205.14135)."""
     T, S = q.size(2), k.size(2)
-    # is_causal lets the first query meet the first key: right only when T == S. A single query may attend to every key.
+    # is_causal aligns the first query with the first key: correct only if T == S. A single query may see every key.
     is_causal = mask is None and T == S
     mask = causal_mask(T, S, q.device) if mask is None and 1 < T < S else mask
     dropout_p = dropout.p if dropout.training else 0.0
@@ -149,7 +149,7 @@ ATTENTIONS = {"sdpa": sdpa_attention, "explicit": explicit_attention}
 class KVCache:
     """One layer's keys and values of the tokens so far, (B, G, block_size, D) each, allocated once, filled in place.
 
-    The mask hides the future, so the keys and values of past tokens never change: a new token only adds its own.
+    The mask hides the future, so keys and values of past tokens never change; a new token only adds its own.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, like: Tensor):
@@ -169,7 +169,7 @@ class KVCache:
         return torch.arange(self.length, self.length + T, device=self.k.device)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Add k, v (B, G, T, D), one row to all rows; return all, (B, G, S, D), and their mask, None: causal_mask."""
+        """Add k, v (B or 1, G, T, D); return all, (B or 1, G, S, D), and the mask for attention: None, causal_mask."""
         end = self.length + k.size(2)
         self.k[:, :, self.length : end] = k
         self.v[:, :, self.length : end] = v
@@ -181,10 +181,10 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        # one matrix makes the queries, keys and values of all heads: one large product instead of many small ones
+        # one matrix computes queries, keys and values of all heads: one large product instead of many small ones
         self.c_attn = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
         self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
-        # queries and keys of unit size keep the scores from growing during training (arXiv:2010.04245)
+        # normalised queries and keys keep the scores from growing during training (arXiv:2010.04245)
         qk_norm = NORMS[config.norm] if config.qk_norm else lambda *_: nn.Identity()
         self.q_norm, self.k_norm = qk_norm(config, self.head_dim), qk_norm(config, self.head_dim)
         self.attn_dropout, self.resid_dropout = nn.Dropout(config.dropout), nn.Dropout(config.dropout)
@@ -192,7 +192,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        # Each token makes a query (what it looks for), a key (what it can be found by), a value (what it then gives).
+        # Each token has a query (what it looks for), a key (what it can be found by) and a value (what it passes on).
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2G, T, D)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)  # (B, H, T, D), 2 x (B, G, T, D)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -201,7 +201,7 @@ class CausalSelfAttention(nn.Module):
         k, v, mask = (k, v, None) if cache is None else cache.append(k, v)  # (B, G, S, D) twice, (T, S)
         y = self.attention(q, k, v, self.attn_dropout, mask)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H*D): the heads side by side
-        return self.resid_dropout(self.c_proj(y))  # (B, T, C): mix what the heads found, back into the stream
+        return self.resid_dropout(self.c_proj(y))  # (B, T, C): mixes the heads' results
 
 
 # -- the rest of a block ---------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ class CausalSelfAttention(nn.Module):
 
 def relu2(x: Tensor) -> Tensor:
     x = F.relu(x)
-    return x * x  # a third cheaper than square(), forward and backward
+    return x * x  # a third faster than square(), forward and backward
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -238,15 +238,15 @@ NORMS: dict[str, Callable[[GPTConfig, int], nn.Module]] = {
 
 
 class ShortConv(nn.Module):
-    """x[t] + w[n-1] x[t-1] + ... + w[0] x[t-n], each channel with its own weights; zeros stand before the first token.
+    """x[t] + w[n-1] x[t-1] + ... + w[0] x[t-n], with weights for each channel; before the first token x is zero.
 
-    A token need not learn attention to know its neighbours, as with Canon layers (Allen-Zhu 2025, arXiv:2512.17351).
-    With n = short_conv = 0 there are no weights, and x stays as it is.
+    So a token knows its neighbours before attention has learnt to find them: Canon layers (Allen-Zhu 2025,
+    arXiv:2512.17351). With n = short_conv = 0 there are no weights, and x is returned unchanged.
     """
 
     def __init__(self, config: GPTConfig, place: int):
         super().__init__()
-        self.place = place  # of its inputs in KVCache.recent
+        self.place = place  # index of its inputs in KVCache.recent
         weight = nn.Parameter(torch.empty(config.short_conv, 1, config.n_embd)) if config.short_conv else None
         self.register_parameter("weight", weight)  # (n, 1, C)
 
@@ -268,7 +268,7 @@ class ShortConv(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        width = 2 * config.n_inner if config.mlp == "swiglu" else config.n_inner  # swiglu: gate and value side by side
+        width = 2 * config.n_inner if config.mlp == "swiglu" else config.n_inner  # swiglu: gate and up side by side
         self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
         self.activation = ACTIVATIONS[config.mlp]
@@ -313,12 +313,12 @@ class GPT(nn.Module):
         self.transformer["ln_f"] = NORMS[config.norm](config, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights()
-        if config.tie_embeddings:  # what a token means and how it is predicted: one vector (arXiv:1608.05859)
+        if config.tie_embeddings:  # one vector for a token as input and as prediction (arXiv:1608.05859)
             self.lm_head.weight = self.transformer.wte.weight
 
     def init_weights(self) -> None:
         for name, parameter in self.named_parameters():
-            # 2 n_layer branches add to the residual stream; scaled so, their sum has the size of one (GPT-2, 2.3)
+            # 2 n_layer branches add to the residual stream; with this scale their sum has the size of one (GPT-2, 2.3)
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -330,9 +330,9 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: list[KVCache] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """idx (B, T) -> logits (B, T, V) and the mean loss in nats against targets (B, T), where -1 does not count.
+        """idx (B, T) -> logits (B, T, V), and the mean loss in nats against targets (B, T); target -1 is ignored.
 
-        Without targets: the last position's logits, (B, 1, V), and None. With a cache, idx continues what it holds.
+        Without targets: the last position's logits, (B, 1, V), and None. With a cache, idx continues the cached tokens.
         """
         x = self.hidden_states(self.transformer.wte(idx), cache)  # (B, T, C)
         if targets is None:
@@ -341,7 +341,7 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def hidden_states(self, x: Tensor, cache: list[KVCache] | None = None) -> Tensor:
-        """Token embeddings (B, T, C) -> what the head reads, (B, T, C). kqv/loss.py puts its own loss after it."""
+        """Token embeddings (B, T, C) -> the head's input (B, T, C). kqv/loss.py computes its own loss from it."""
         c, end = self.config, x.size(1) + (0 if cache is None else cache[0].length)
         assert end <= c.block_size, f"{end} tokens do not fit block_size={c.block_size}"
         pos = torch.arange(end, device=x.device) if cache is None else cache[0].positions(x.size(1))  # (T)
@@ -354,16 +354,16 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def num_params(self) -> int:
-        """Weights that take part in matrix products: all but embeddings that are only looked up."""
+        """Number of weights in matrix products: all, except embeddings that are only looked up."""
         looked_up = ["wpe"] * ("wpe" in self.transformer) + ["wte"] * (not self.config.tie_embeddings)
         n = sum(parameter.numel() for parameter in self.parameters())
         return n - sum(self.transformer[name].weight.numel() for name in looked_up)
 
     def flops_per_token(self, T: int | None = None) -> int:
-        """Forward and backward, for one token of T (default block_size), as PaLM counts (arXiv:2204.02311, B).
+        """FLOPs of forward and backward for one token of T (default block_size), as PaLM counts (arXiv:2204.02311, B).
 
-        6 for each weight: a multiply and an add forward, twice that backward. Each layer: 2 T H D for Q K^T, again for
-        weights @ V, and three times both; the half that the causal mask saves is, by convention, not taken off.
+        Each weight: a multiply and an add forward, twice that backward, 6 in all. Each layer: 2 T H D for Q K^T and
+        as many for weights @ V, three times. By convention the causal mask saves nothing.
         """
         c = self.config
         return 6 * self.num_params() + 12 * c.n_layer * c.n_head * c.head_dim * (T or c.block_size)
@@ -381,9 +381,9 @@ class GPT(nn.Module):
     ) -> Iterator[Tensor]:
         """Continue idx (B, T): yield the next token of each sequence, (B, 1), max_new_tokens times.
 
-        There is a generator for each sequence; idx (1, T) is a prompt that all share, and is read once. Ids from
+        Each sequence has its own generator; idx (1, T) is a prompt that all sequences share, and is read once. Ids from
         `vocab_size` on (padding of the head) are never drawn. For `generators` and `sampling` see next_token.
-        A full cache is filled again from the most recent half of block_size, so that the cost of a token stays bounded;
+        A full cache is refilled with the last block_size / 2 tokens, so that the cost of a token stays bounded;
         kv_cache=False recomputes the last block_size tokens for each. kqv/generate.py has a faster `forward`.
         """
         block_size, B, forward = self.config.block_size, len(generators), forward or self
@@ -405,7 +405,7 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str, dropout: float = 0.0) -> "GPT":
         """GPT-2 from Hugging Face: gpt2 | gpt2-medium | gpt2-large | gpt2-xl, or a local folder in its format."""
-        from kqv.hub import load_gpt2  # all else in this file needs torch alone
+        from kqv.hub import load_gpt2  # the rest of this file needs only torch
 
         return load_gpt2(cls, GPTConfig, name, dropout)
 
@@ -423,10 +423,10 @@ def next_token(
     repetition_penalty: float = 1.0,
     seen: Tensor | None = None,
 ) -> Tensor:
-    """Draw a token for each row: logits (B, V) -> (B, 1). Row b draws from generators[b] (on the CPU) alone.
+    """Draw a token for each row: logits (B, V) -> (B, 1). Row b uses only generators[b], on the CPU.
 
-    temperature 0 takes the likeliest. top_k keeps the k likeliest; top_p the likeliest that together hold top_p of the
-    probability (arXiv:1904.09751); min_p those at least min_p times as likely as the first (arXiv:2407.01082).
+    temperature 0 takes the likeliest token. top_k keeps the k likeliest; top_p the likeliest whose probabilities add up
+    to top_p (arXiv:1904.09751); min_p those at least min_p times as likely as the likeliest (arXiv:2407.01082).
     repetition_penalty makes the tokens in seen (B, T) less likely (arXiv:1909.05858).
     """
     logits = logits.float()
@@ -436,15 +436,15 @@ def next_token(
         score = logits.gather(1, seen)  # (B, T)
         penalized = torch.where(score > 0, score / repetition_penalty, score * repetition_penalty)
         logits = logits.scatter(1, seen, penalized)
-    if temperature < 1e-5:  # dividing by less would overflow
+    if temperature < 1e-5:  # dividing by it could overflow
         return logits.argmax(dim=-1, keepdim=True)
     logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k) each, the likeliest first
     probs = F.softmax(logits / temperature, dim=-1)
     if top_p is not None:
-        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)  # the first stays whatever top_p is
+        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)  # always keeps the first
     if min_p is not None:
         probs = probs.masked_fill(probs < min_p * probs[:, :1], 0)
-    # Invert the cumulative distribution at one uniform number a row: it draws the same on every device.
+    # Invert the cumulative distribution at one uniform number for each row: the same draw on every device.
     cumulative = probs.cumsum(dim=-1)
     u = torch.cat([torch.rand(1, generator=generator) for generator in generators])[:, None].to(probs)  # (B, 1)
     return ids.gather(1, torch.searchsorted(cumulative, u * cumulative[:, -1:]))

@@ -18,7 +18,7 @@ from kqv.rundir import METRICS, PICTURE, RunRecord, printable, read_run, write_w
 from kqv.tables import Table, print_table, transposed
 
 NAMES = {"out_dir", "wandb_project", "wandb_run_name"}  # settings that change nothing about a run
-ENVIRONMENT = ("commit", "dirty", "torch", "device")  # what changes a run's numbers or speed besides its settings
+ENVIRONMENT = ("commit", "dirty", "torch", "device")  # besides the settings, these change a run's numbers or speed
 
 
 @dataclass(kw_only=True)
@@ -41,7 +41,7 @@ class Report:
 
 
 def summary(runs: list[RunRecord]) -> Table:
-    """What each run cost and reached, a column a run. "-": not measured."""
+    """Each run's cost and losses, a column for each run; "-" if not measured."""
     titles = ["run", "iterations", "tokens", "minutes", "best val loss", "best at iteration", "best bits per byte"]
     columns = [[*titles, "last val loss", "tokens/s (median)", "parameters"]]
     for run in runs:
@@ -56,14 +56,14 @@ def summary(runs: list[RunRecord]) -> Table:
 
 
 def settings_of(run: RunRecord) -> dict[str, Any]:
-    """A run's settings and what else matters of where it ran."""
+    """A run's settings, and the entries of its environment that change its numbers or speed."""
     settings, environment = run.recorded.get("config", {}), run.recorded.get("environment", {})
-    # the setting `device` is "auto" as a rule; the environment's, which takes its place, is the one that was chosen
+    # the setting `device` is mostly "auto"; the environment's `device`, which replaces it, is the one that was chosen
     return settings | {key: environment[key] for key in ENVIRONMENT if key in environment}
 
 
 def differences(runs: list[RunRecord]) -> Table:
-    """The settings that are not the same in all runs, and what else differs that matters; a column a run."""
+    """The settings, and entries of the environment, that are not the same in all runs; a column for each run."""
     columns = [{key: value for key, value in settings_of(run).items() if key not in NAMES} for run in runs]
     rows = [["setting", *(run.name for run in runs)]]
     for key in dict.fromkeys(key for column in columns for key in column):  # in the order of kqv/settings.py
@@ -74,14 +74,14 @@ def differences(runs: list[RunRecord]) -> Table:
 
 
 def tables(runs: list[RunRecord]) -> list[Table]:
-    """The summary, and of several runs the differences. Few runs stand side by side; many, as of a sweep, in rows."""
+    """The summary, and the differences of several runs. Up to four runs are columns; more, as of a sweep, are rows."""
     differing = differences(runs)
     found = [summary(runs), differing] if len(differing) > 1 else [summary(runs)]
     return found if len(runs) <= 4 else [transposed(table) for table in found]
 
 
 def settings_tables(run: RunRecord) -> tuple[Table, Table]:
-    """Of one run: the settings that are not defaults, with where each came from, and the environment; the rest."""
+    """Two tables of one run: the settings that are not defaults, with their origin, and the environment; the others."""
     origin, config = run.recorded.get("origin", {}), run.recorded.get("config", {})
     given = {key: value for key, value in config.items() if str(origin.get(key, "default")) != "default"}
     rows = [[key, str(value), str(origin[key])] for key, value in given.items()]
@@ -122,7 +122,7 @@ img {{ max-width: 100%; background: white; border-radius: .5rem; }}
 
 
 def page(runs: list[RunRecord], picture: bytes) -> str:
-    """All of the report as one HTML page that refers to nothing outside itself."""
+    """The report as one HTML page that refers to nothing outside itself."""
     title = "kqv: " + ", ".join(run.name for run in runs)
     body = [f'<img alt="losses" src="data:image/png;base64,{base64.b64encode(picture).decode()}">']
     body += map(table_html, tables(runs))
@@ -144,7 +144,7 @@ def table_html(table: Table) -> str:
 
 
 def read_runs(paths: tuple[str, ...]) -> tuple[list[RunRecord], list[UserError]]:
-    """The runs that can be read, after a note about each damaged record, and what is wrong with the others."""
+    """The runs that can be read, and an error for each of the others. Damaged lines are noted on stderr."""
     runs, errors = [], []
     for path in paths:
         try:
@@ -153,7 +153,7 @@ def read_runs(paths: tuple[str, ...]) -> tuple[list[RunRecord], list[UserError]]
             errors.append(error)
         else:
             if run.damaged:
-                lines = f"left out {len(run.damaged)} damaged lines, the first is line {run.damaged[0]}"
+                lines = f"ignored {len(run.damaged)} damaged lines, the first is line {run.damaged[0]}"
                 print(f"{Path(path) / METRICS}: {lines}", file=sys.stderr)
     return runs, errors
 
@@ -175,7 +175,7 @@ def main(cfg: Report, origin: dict[str, str]) -> None:
     if cfg.html:
         write_whole(Path(cfg.html), page(runs, picture))
         print(f"page: {cfg.html}")
-    if errors:  # the others are reported all the same
+    if errors:  # after the other runs have been reported
         raise UserError("; ".join(map(str, errors)))
 
 

@@ -21,10 +21,12 @@ from pathlib import Path
 
 from kqv.cli import parse_command_line
 from kqv.errors import UserError, one_line_errors
+from kqv.machine import limit_spinning, resolve_device, resolve_dtype
 from kqv.settings import SampleConfig
 
-# Before torch is imported, so that --help and a misspelt setting are answered at once.
+# Parsed before torch is imported, so that --help and a misspelt setting are answered at once.
 SETTINGS = parse_command_line(SampleConfig, __doc__) if __name__ == "__main__" else None
+limit_spinning()
 
 import torch
 
@@ -32,16 +34,16 @@ from kqv import checkpoint
 from kqv.build import restore_model
 from kqv.data import find_dataset, read_meta
 from kqv.generate import CompiledForward
-from kqv.machine import resolve_device, resolve_dtype
 from kqv.quantized import pack
-from kqv.tokenizer import Tokenizer, encode_prompt, from_description
+from kqv.rundir import BEST, LAST
+from kqv.tokenizer import GPT2_VOCAB_SIZE, Tokenizer, encode_prompt, from_description
 from model import GPT, GPTConfig
 
 SEPARATOR = "---------------"  # between samples, as nanoGPT prints it
 
 
 class Text:
-    """One sample's text as its tokens arrive: whole UTF-8 characters only, and nothing from a stop string on."""
+    """One sample's text as its tokens arrive: whole UTF-8 characters, up to the first stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
         self.tokenizer, self.stop = tokenizer, stop
@@ -61,7 +63,7 @@ class Text:
             self.text, self.done = self.text[: min(found)], True
 
     def ready(self) -> str:
-        """What can be shown now and was not yet: all but an end that may turn out to begin a stop string."""
+        """The text that can be shown now: all that was not yet shown, except an end that may begin a stop string."""
         held = 0
         if not self.done:
             starts = (n for stop in self.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
@@ -71,7 +73,7 @@ class Text:
         return piece
 
     def finish(self) -> str:
-        """No more tokens will come: what is left to show, a character cut short as a replacement character."""
+        """The rest of the text, after the last token; an incomplete character becomes a replacement character."""
         if not self.done:
             self.extend(self.decoder.decode(b"", final=True))
         self.done = True
@@ -82,17 +84,17 @@ def load(cfg: SampleConfig) -> tuple[GPT, Tokenizer]:
     """The model, on the CPU, and the tokenizer that it was trained with."""
     if cfg.init_from != "resume":
         model = GPT.from_pretrained(cfg.init_from)
-        if not all(parameter.isfinite().all() for parameter in model.parameters()):  # of checkpoints, load looks
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):  # checkpoint.load checks this too
             raise UserError(f"the weights of {cfg.init_from} are not all finite")
         return model, from_description({"kind": "gpt2"})
     path = Path(cfg.out_dir)
     if not path.is_file():
-        path = next((p for p in (path / "best.pt", path / "ckpt.pt") if p.is_file()), path / "ckpt.pt")
+        path = path / (BEST if (path / BEST).is_file() else LAST)
     saved = checkpoint.load(path, mmap=True)  # the optimizer's part stays on the disk
     model = restore_model(saved, path, GPT, GPTConfig, dropout=0.0)
     if "tokenizer" in saved:
         description = saved["tokenizer"]
-    elif model.config.vocab_size >= 50257:  # nanoGPT's own checkpoints name a data set, not a tokenizer
+    elif model.config.vocab_size >= GPT2_VOCAB_SIZE:  # nanoGPT's checkpoints name a data set, not a tokenizer
         description = {"kind": "gpt2"}
     else:
         dataset = saved["config"].get("dataset")
@@ -115,7 +117,7 @@ def load(cfg: SampleConfig) -> tuple[GPT, Tokenizer]:
 def read_prompt(start: str) -> str:
     try:
         if start == "-":
-            return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()  # with any line ends, as from a file
+            return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()  # any line ends, as from a file
         if start.startswith("FILE:"):
             return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -124,7 +126,7 @@ def read_prompt(start: str) -> str:
 
 
 def with_progress(steps: Iterable, total: int) -> Iterable:
-    """A bar on a terminal while nothing else is to be seen."""
+    """`steps`, with a progress bar on a terminal."""
     if not sys.stderr.isatty():
         return steps
     from rich.console import Console
@@ -134,11 +136,11 @@ def with_progress(steps: Iterable, total: int) -> Iterable:
 
 
 def make_fast(model: GPT, cfg: SampleConfig, batch_size: int) -> CompiledForward | None:
-    """Move the model to its device and dtype and speed it up; returns a stand-in for its forward pass, if any."""
+    """Move the model to its device and dtype and speed it up; returns the compiled forward pass, if asked for."""
     device = resolve_device(cfg.device)
-    # 8 bits are made of float32, not of 16-bit numbers that have been rounded already
+    # the 8-bit weights are rounded from float32, not from 16-bit numbers
     dtype = torch.float32 if cfg.quantize and cfg.dtype == "auto" else resolve_dtype(cfg.dtype, device)
-    for parameter in model.parameters():  # generating reads every weight for every token: half the bytes, half the time
+    for parameter in model.parameters():  # each token reads every weight, so half the bytes take half the time
         parameter.data = parameter.data.to(device, dtype)
     model.eval()
     if cfg.compile is True:  # not "auto": on CPUs it gains nothing
@@ -157,10 +159,10 @@ def write(
     stream: bool,
     cfg: SampleConfig,
 ) -> int:
-    """Print a continuation of the prompt for each number in `samples`, made side by side; returns the tokens made."""
+    """Print a continuation of the prompt for each of `samples`, as one batch; returns the number of new tokens."""
     ids = encode_prompt(tokenizer, prompt)
     if not ids:
-        raise UserError("start is empty: the model needs at least one token to go on from")
+        raise UserError("start is empty: the model needs at least one token to continue")
     idx = torch.tensor([ids], device=model.transformer.wte.weight.device)  # (1, T), read once for all samples
     generators = [torch.Generator().manual_seed(cfg.seed + sample) for sample in samples]
     options = {key: getattr(cfg, key) for key in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
@@ -190,14 +192,14 @@ def write(
 
 def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
     if cfg.interactive and origin["start"] != "default":
-        raise UserError("start: --interactive asks for its prompts, so it takes none on the command line")
+        raise UserError("start: does not work with --interactive, which asks for its prompts")
     if cfg.interactive and origin["num_samples"] == "default":
         cfg.num_samples = 1
-    # streamed samples come one after the other; each draws from its own seed, so they are the same as side by side
+    # streamed samples come one after the other; each draws from its own seed, so a batch would give the same texts
     one_by_one = cfg.stream or cfg.interactive
     batches = [[sample] for sample in range(cfg.num_samples)] if one_by_one else [range(cfg.num_samples)]
-    torch.backends.cuda.enable_cudnn_sdp(False)  # on H100 it plans anew for each length of the cache, at 20 ms and more
-    resolve_device(cfg.device)  # a device that is not there is named before the model is read
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on an H100 it plans again for each cache length: 20 ms and more
+    resolve_device(cfg.device)  # a missing device is reported before the model is read
     model, tokenizer = load(cfg)
     forward = make_fast(model, cfg, batch_size=len(batches[0]))
 
@@ -208,7 +210,7 @@ def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
         for samples in batches:
             try:
                 made += write(model, tokenizer, forward, prompt, samples, one_by_one, cfg)
-            except UserError as error:  # a prompt that the tokenizer cannot read should not end the conversation
+            except UserError as error:  # a prompt with characters that the tokenizer lacks does not end the session
                 if not cfg.interactive:
                     raise
                 print(f"error: {error}", file=sys.stderr)

@@ -20,12 +20,14 @@ from typing import Any
 
 from kqv.cli import parse_command_line
 from kqv.errors import one_line_errors
+from kqv.machine import describe_environment, device_name, limit_spinning, peak_flops, resolve_dtype
 from kqv.settings import TrainConfig, check_strategy, learning_rate_concerns, micro_steps_of_each
 from kqv.signals import StopRequests, exit_code_if_stopped
 
-# Before torch is imported, so that --help and a misspelt setting are answered at once.
+# Parsed before torch is imported, so that --help and a misspelt setting are answered at once.
 SETTINGS = parse_command_line(TrainConfig, __doc__) if __name__ == "__main__" else None
 STOP = StopRequests() if __name__ == "__main__" else None
+limit_spinning()
 
 import numpy as np
 import torch
@@ -50,42 +52,41 @@ from kqv.distributed import (
 from kqv.evaluate import check_finite, evaluate_splits
 from kqv.log import Clock, Log, Pace
 from kqv.loss import NextTokenLoss
-from kqv.machine import describe_environment, device_name, peak_flops, resolve_dtype
 from kqv.plots import refresh_picture
 from kqv.resume import check_data, is_comparable, load_saved, restore_settings
 from kqv.rundir import METRICS, check_folder, hold, put_aside
-from kqv.tokenizer import from_description
+from kqv.tokenizer import GPT2_VOCAB_SIZE, from_description
 from model import GPT, GPTConfig
 
-PICTURE_SECONDS = 5  # at least, between two drawings of loss.png, each of which takes a third of a second
+PICTURE_SECONDS = 5  # least time between two drawings of loss.png; one takes a third of a second
 
 
 @dataclass
 class Run:
-    """What the loop works with. The weights, the optimizers and `state` change; the rest does not."""
+    """What the loop works on. Weights, optimizers and `state` change; the rest stays the same."""
 
     cfg: TrainConfig
     processes: Processes
     log: Log
     dataset: Dataset
     state: LoopState
-    bare: GPT  # the model as it is saved
-    compiled: nn.Module  # NextTokenLoss of it, to evaluate with
-    model: nn.Module  # the same, wrapped for several processes, to train with
+    bare: GPT  # the model without wrappers: what is saved
+    compiled: nn.Module  # NextTokenLoss of it, compiled if asked for: for evaluation
+    model: nn.Module  # `compiled`, wrapped for several processes: for training
     optimizers: dict[str, torch.optim.Optimizer]  # by their names in a checkpoint
-    scaler: torch.amp.GradScaler  # keeps fp16's small gradients from vanishing; for other dtypes it does nothing
+    scaler: torch.amp.GradScaler  # keeps small float16 gradients from becoming zero; disabled for other dtypes
     autocast: torch.autocast
     batches: MicroBatches
     bad_steps: BadSteps
-    constants: dict[str, Any]  # what all checkpoints of the run hold alike
-    # of the last micro-batch: freed with the step, its graph would let the heap shrink, and grow again page by page
+    # Loss of the last micro-batch, with its graph. If the graph were freed within the step, the heap would shrink and
+    # grow again in each step, which costs 7% of a small model's step (dev/LOG.md)
     last_loss: Tensor | None = None
 
 
 def write_samples(run: Run) -> list[str]:
-    """Two continuations of the start of val, 100 tokens each: always the same for the same weights and seed.
+    """Two continuations of the start of val, 100 tokens each; they depend on the weights and the seed only.
 
-    Every process must call it, because FSDP's weights are put together first; only the main one writes.
+    Every process must call it, because FSDP gathers the weights. Returns [] except in the main process.
     """
     weights = gather_full(run.bare.state_dict(), main=run.processes.main)
     if not run.processes.main:
@@ -120,14 +121,14 @@ def train_step(run: Run, stop: StopRequests) -> tuple[Tensor, Tensor] | None:
         own_loss += loss.detach()
         scaler.scale(loss).backward()
         run.last_loss = loss
-        run.batches.read()  # while a GPU is still at work
+        run.batches.read()  # the next batch, while a GPU is still computing
     for optimizer in run.optimizers.values():
         scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(run.bare.parameters(), run.cfg.grad_clip or math.inf)
     grad_norm = grad_norm.full_tensor() if is_sharded(grad_norm) else grad_norm
     loss = processes.sum(own_loss) / processes.world_size
-    # A gradient that is not finite must not reach the weights: with found_inf the optimizer skips the step on the
-    # device, so nobody waits for it. (In fp16 the scaler handles overflows, and only the loss tells.)
+    # A gradient that is not finite must not reach the weights. found_inf makes the optimizer skip the step on the
+    # device, without waiting for it. (In float16 the scaler handles overflows, so only the loss is looked at.)
     is_bad = ~(loss if scaler.is_enabled() else grad_norm).isfinite()
     run.bad_steps.count(is_bad, iter_num, own_loss)
     for optimizer in run.optimizers.values():
@@ -140,29 +141,30 @@ def train_step(run: Run, stop: StopRequests) -> tuple[Tensor, Tensor] | None:
 
 
 def save(run: Run, best: bool) -> None:
-    """Write all that the run needs to go on. Every process must call it; the main one writes.
+    """Write a checkpoint. Every process must call it; the main one writes.
 
-    A failure is reported and the run goes on, since a disk that is full now may not be later. Raises OSError with
-    --save_errors=stop, or at the run's end.
+    If that fails, the failure is printed and the run continues: a full disk may have room later. Raises OSError with
+    --save_errors=stop, or at the end of the run.
     """
     parts = {"model": run.bare, **run.optimizers}
     saved = gather_full({name: part.state_dict() for name, part in parts.items()}, main=run.processes.main)
     if not run.processes.main:
         return
     run.state.bad_steps, run.state.recent_losses = run.bad_steps.counts.tolist(), run.bad_steps.recent_losses
-    saved |= {"scaler": run.scaler.state_dict()} | asdict(run.state) | run.constants
+    saved |= {"scaler": run.scaler.state_dict(), "model_args": asdict(run.bare.config), "config": asdict(run.cfg)}
+    saved |= {"tokenizer": run.dataset.meta["tokenizer"], "data": run.dataset.fingerprint} | asdict(run.state)
     try:
         checkpoint.save(saved, Path(run.cfg.out_dir), best, run.cfg.keep_last)
     except OSError as error:
         if run.cfg.save_errors == "stop" or run.state.iter_num >= run.cfg.max_iters:
             raise
-        kept = "the run goes on, and what was saved before is kept"
+        kept = "the run continues; the previous checkpoint is kept"
         run.log.say(f"NOT SAVED at iteration {run.state.iter_num}: {error}; {kept}")
 
 
 def report_step(run: Run, clock: Clock, pace: Pace, lr: float, loss: Tensor, grad_norm: Tensor) -> dict[str, Any]:
-    """Show a step's loss and speed; returns its line of metrics.jsonl. Raises UserError after too many bad steps."""
-    train_loss, norm = loss.item(), grad_norm.item()  # waits for the device, so the clock is read after it
+    """Print a step's loss and speed; returns its line of metrics.jsonl. Raises UserError after too many bad steps."""
+    train_loss, norm = loss.item(), grad_norm.item()  # waits for the device, so the clock is read afterwards
     seconds = clock.lap(run.state.iter_num + 1)
     metrics = run.state.progress(clock.lap_seconds - seconds)
     metrics |= {"train_loss": train_loss, "grad_norm": norm, "lr": lr} | pace.speed(seconds)
@@ -172,7 +174,7 @@ def report_step(run: Run, clock: Clock, pace: Pace, lr: float, loss: Tensor, gra
 
 
 def train(run: Run, pace: Pace, stop: StopRequests, measured: dict[str, Any]) -> bool:
-    """The loop; returns whether it was asked to stop early. `measured`: what a resumed run knows of its weights."""
+    """The training loop; returns whether it was asked to stop. `measured`: losses known before the first step."""
     cfg, processes, log, state, out_dir = run.cfg, run.processes, run.log, run.state, Path(run.cfg.out_dir)
     decay_iters = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
     schedule = (cfg.learning_rate, cfg.min_lr, cfg.warmup_iters, decay_iters, cfg.schedule, cfg.decay_fraction)
@@ -185,7 +187,7 @@ def train(run: Run, pace: Pace, stop: StopRequests, measured: dict[str, Any]) ->
         if not last and stop.requested(processes):
             break
 
-        # once in a while: evaluate, save, write samples
+        # every eval_interval, save_interval, sample_interval: evaluate, save, sample
         evaluating = iter_num % cfg.eval_interval == 0 or last or math.isinf(state.best_val_loss)
         saving = bool(cfg.save_interval) and iter_num % cfg.save_interval == 0 and iter_num > first_iter
         sampling = bool(cfg.sample_interval) and (iter_num % cfg.sample_interval == 0 or last)
@@ -216,7 +218,7 @@ def train(run: Run, pace: Pace, stop: StopRequests, measured: dict[str, Any]) ->
         if result is None:
             break
 
-        # once in a while: log, draw
+        # every log_interval: log, draw
         if iter_num % cfg.log_interval == 0:
             log.record(report_step(run, clock, pace, lr, *result) | measured)
         elif measured:
@@ -237,14 +239,14 @@ def train(run: Run, pace: Pace, stop: StopRequests, measured: dict[str, Any]) ->
 
 
 def main(cfg: TrainConfig, origin: dict[str, str], stop: StopRequests | None = None) -> int:
-    """Train as the settings say; returns the exit code."""
+    """Train with these settings; returns the exit code. `origin` tells where each setting came from."""
     # -- processes, and what to continue
     stop, out_dir = stop or StopRequests(), Path(cfg.out_dir)
     processes = connect(cfg.device, cfg.backend)
     device, log = processes.device, Log(main=processes.main)
     check_folder(out_dir)
     if cfg.wandb_log and not cfg.eval_only:
-        import wandb  # noqa: F401  a missing package should not come up after a minute of preparations
+        import wandb  # noqa: F401  a missing package should be reported before a minute of preparations
     saved = load_saved(cfg.init_from, out_dir, processes, log.say)
     if saved:
         cfg, origin = restore_settings(cfg, origin, saved, GPTConfig, log.say)
@@ -265,7 +267,7 @@ def main(cfg: TrainConfig, origin: dict[str, str], stop: StopRequests | None = N
     # -- model
     torch.manual_seed(cfg.seed)
     bare = make_model(GPT, GPTConfig, cfg, dataset.meta["vocab_size"], saved).to(device)
-    # what is recorded is the model that is trained
+    # the recorded settings are those of the model that is trained
     cfg = replace(cfg, **{key: value for key, value in asdict(bare.config).items() if hasattr(cfg, key)})
     if cfg.activation_checkpointing:
         recompute_activations(bare)
@@ -276,7 +278,7 @@ def main(cfg: TrainConfig, origin: dict[str, str], stop: StopRequests | None = N
     tokens_per_iter = sequences_per_iter * cfg.block_size
     size, file = f"{bare.num_params() / 1e6:.2f}M parameters", dataset.folder / "train.bin"
     log.say(
-        f"{size} (position embeddings not counted) on {device} in {dtype}; "
+        f"{size} (without position embeddings) on {device} in {dtype}; "
         f"{tokens_per_iter:,} tokens per iteration, {dataset.splits['train'].tokens:,} in {file}"
     )
     state = LoopState() if saved is None else LoopState.from_checkpoint(saved, sequences_per_iter, tokens_per_iter)
@@ -288,9 +290,9 @@ def main(cfg: TrainConfig, origin: dict[str, str], stop: StopRequests | None = N
     if saved:
         optim.load_states(optimizers, scaler, saved)
         if not is_comparable(dataset, cfg.block_size, saved):
-            log.say("other data or another context than the checkpoint's: best val loss and patience begin anew")
+            log.say("data or block_size differ from the checkpoint's: best val loss and patience start again")
             state.forget_best()
-    resumed, saved = saved is not None, None  # else weights and moments would be there twice
+    resumed, saved = saved is not None, None  # frees the second copy of weights and moments
     if cfg.eval_only:
         log.evaluated(state.iter_num, evaluate_splits(loss_model, dataset, autocast, processes))
         return 0
@@ -306,27 +308,23 @@ def main(cfg: TrainConfig, origin: dict[str, str], stop: StopRequests | None = N
         names = (cfg.wandb_project, cfg.wandb_run_name)
         state.wandb_id = log.open_wandb(out_dir, *names, asdict(cfg), state.wandb_id)
     if processes.main and not resumed and (previous := put_aside(out_dir)):
-        log.say(f"{out_dir} has an earlier run: it is now in {previous}")
+        log.say(f"the earlier run in {out_dir} was moved to {previous}")
     facts = {"environment": describe_environment(device_name(device)), "parameters": bare.num_params()}
     facts["data"] = dataset.describe()
     measured = log.open(out_dir, asdict(cfg), origin, state.iter_num, facts)
     log.open_bar(state.iter_num, cfg.max_iters)
 
     # -- the loop
-    constants = {"model_args": asdict(bare.config), "config": asdict(cfg)}
-    constants |= {"tokenizer": dataset.meta["tokenizer"], "data": dataset.fingerprint}
     bad_steps = BadSteps(state.bad_steps, state.recent_losses, cfg.max_bad_steps, device)
     run = Run(
-        **{"cfg": cfg, "processes": processes, "log": log, "dataset": dataset, "state": state, "constants": constants},
-        **{"bare": bare, "compiled": compiled, "model": model, "optimizers": optimizers, "scaler": scaler},
-        **{"autocast": autocast, "batches": batches, "bad_steps": bad_steps},
+        cfg, processes, log, dataset, state, bare, compiled, model, optimizers, scaler, autocast, batches, bad_steps
     )
-    flops = bare.flops_per_token() * tokens_per_iter / processes.world_size  # of one device in one iteration
+    flops = bare.flops_per_token() * tokens_per_iter / processes.world_size  # on one device in one iteration
     pace = Pace(tokens_per_iter, flops, peak_flops(device_name(device), str(dtype).removeprefix("torch.")))
     stop.begin(cfg.max_minutes)
     stopped = train(run, stop=stop, pace=pace, measured=measured)
     if stopped:
-        advice = "all is saved; --init_from=resume goes on from there"
+        advice = "all is saved; --init_from=resume continues"
         log.say(f"stopped at iteration {state.iter_num} ({stop.reason()}), {advice}")
     else:
         if state.iter_num < cfg.max_iters:
@@ -343,11 +341,11 @@ def main(cfg: TrainConfig, origin: dict[str, str], stop: StopRequests | None = N
 
 
 def plan_run(cfg: TrainConfig) -> str:
-    """What --plan prints. Nothing is run or written."""
+    """The text that --plan prints. Nothing is run or written."""
     from kqv.plan import data_sizes, plan, planned_config
 
     data = data_sizes(cfg)
-    config = planned_config(GPTConfig, cfg, data[0] if data else 50257)
+    config = planned_config(GPTConfig, cfg, data[0] if data else GPT2_VOCAB_SIZE)
     return plan(cfg, config, GPT, data, read_environment()[2])
 
 

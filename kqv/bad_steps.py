@@ -1,4 +1,4 @@
-"""Bad steps: a loss or gradient that is not finite (the step is skipped), and a loss that jumps (it is noted)."""
+"""Bad steps: skipped because loss or gradient is not finite; and loss spikes, which are only reported."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ SPIKE = 6  # standard deviations above their mean
 
 @dataclass
 class Skipped:
-    """Steps that were skipped up to now."""
+    """How many steps were skipped, and the iteration of the last one."""
 
     in_a_row: int = 0
     total: int = 0
@@ -31,15 +31,15 @@ class BadSteps:
     """Counts skipped steps on the device, so that no step waits for it, and remembers recent losses."""
 
     def __init__(self, skipped: list[int], recent_losses: list[float], most: int, device: torch.device):
-        """`skipped`: the values of Skipped, in order, as a checkpoint holds them. `most`: in a row that may be."""
+        """`skipped`: the fields of Skipped, in order, as a checkpoint holds them. `most`: allowed in a row."""
         self.most = most
         self.counts = torch.tensor(skipped, device=device)
         self.reported = skipped[1]
-        self.loss = torch.zeros((), device=device)  # of this process alone, in the last skipped step
+        self.loss = torch.zeros((), device=device)  # this process's loss in the last skipped step
         self.recent_losses = recent_losses
 
     def count(self, is_bad: Tensor, iter_num: int, own_loss: Tensor) -> None:
-        """Take note of a step: `is_bad` says, on the device, whether it was skipped."""
+        """Count a step. `is_bad`, a boolean on the device, tells whether it was skipped."""
         in_a_row, total, last_iter = self.counts
         last_iter = torch.where(is_bad, iter_num, last_iter)
         self.counts = torch.stack(((in_a_row + 1) * is_bad, total + is_bad, last_iter))
@@ -54,7 +54,7 @@ class BadSteps:
         return skipped
 
     def spike(self, loss: float) -> float | None:
-        """By how many standard deviations `loss` exceeds the recent ones' mean, if by more than SPIKE; remembers it."""
+        """Remember `loss`; returns by how many standard deviations it exceeds the recent mean, if more than SPIKE."""
         recent, above = self.recent_losses, 0.0
         if len(recent) >= RECENT // 2:
             above = float((loss - np.mean(recent)) / (np.std(recent, ddof=1) + 1e-12))
@@ -71,7 +71,7 @@ class BadSteps:
         log: Log,
         out_dir: Path,
     ) -> dict[str, float]:
-        """Report newly skipped steps, and a loss that jumps; returns what goes into metrics.jsonl about them.
+        """Print newly skipped steps, and a loss spike; returns their entries for metrics.jsonl.
 
         Raises UserError if too many steps in a row were skipped.
         """
@@ -86,10 +86,10 @@ class BadSteps:
             if skipped.in_a_row >= self.most:
                 raise UserError(
                     f"{skipped.in_a_row} steps in a row without a finite loss and gradient, up to iteration "
-                    f"{skipped.last_iter}: see {out_dir / BAD_BATCH}; {out_dir} keeps what was saved before"
+                    f"{skipped.last_iter}: see {out_dir / BAD_BATCH}; {out_dir} has the last checkpoint"
                 )
         if above := self.spike(train_loss):
             found["loss_spike"] = above
-            deviations = f"{train_loss:.4f} is {above:.1f} deviations above the last ones"
+            deviations = f"{train_loss:.4f} is {above:.1f} standard deviations above the mean of the last {RECENT}"
             log.say(f"iter {state.iter_num}: loss spike, {deviations}")
         return found

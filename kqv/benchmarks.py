@@ -1,4 +1,4 @@
-"""What bench.py compares: a training iteration, generation, data preparation, and the time to a loss."""
+"""The benchmarks of bench.py: a training iteration, generation, data preparation, and the time to a loss."""
 
 import importlib.metadata
 import json
@@ -32,6 +32,7 @@ from kqv.peers import (
 )
 from kqv.rundir import BEST, LAST
 from kqv.settings import TrainConfig
+from kqv.tokenizer import GPT2_VOCAB_SIZE
 
 WARM_UP = 5  # iterations of training that are not counted
 SHAPES = {
@@ -51,7 +52,7 @@ OUR_LOSS = {"cuda": "configs/train_shakespeare_char.py", "cpu": "configs/train_s
 
 
 def time_training(name: str, command: list[Any], cwd: Any, steps: int) -> Measured:
-    """The value is the median of the times that train.py prints, without the warm-up and the evaluations."""
+    """Run a train.py; the value is the median of the iteration times that it prints after the warm-up."""
     measured = run(name, command, cwd)
     times = re.findall(r"^iter (\d+): loss \S+, time ([\d.]+)ms", measured.output, re.MULTILINE)
     counted = [float(ms) for iteration, ms in times if WARM_UP <= int(iteration) < WARM_UP + steps]
@@ -61,11 +62,11 @@ def time_training(name: str, command: list[Any], cwd: Any, steps: int) -> Measur
 
 
 def train(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Both train.py on the same random tokens; both evaluate and save once before and once after what is counted."""
+    """Both train.py on the same random tokens. Both evaluate and save once before and once after the counted steps."""
     device, shape, steps = machine["device"], SHAPES[size], cfg.steps or STEPS[size]
     if device == "cuda" and size == "gpt2":
         shape = shape | {"block_size": 1024, "batch_size": 12}
-    vocab_size, data = 50257 if size == "gpt2" else len(CHARS), work / "tokens"
+    vocab_size, data = GPT2_VOCAB_SIZE if size == "gpt2" else len(CHARS), work / "tokens"
     data.mkdir()
     if size != "gpt2":
         write_meta_pkl(data, CHARS)
@@ -79,7 +80,7 @@ def train(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterator[
     theirs += [*(["--dtype=bfloat16"] if device == "cuda" else []), *shlex.split(cfg.peer_flags)]
     ours, peer = [sys.executable, ROOT / "train.py", *both, *own], [sys.executable, "train.py", *both, *theirs]
 
-    # flags that are wrong end the bench here
+    # wrong flags end the bench here
     ran = [asdict(parse(TrainConfig, [*both, *shlex.split(flags)])[0]) for flags in (cfg.flags, cfg.peer_flags)]
     counted = [call("counting", count_model, work, settings=side, vocab_size=vocab_size, padded=True) for side in ran]
     own_flops, peer_flops = (count.found["flops"] for count in counted)  # of an iteration
@@ -91,7 +92,7 @@ def train(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterator[
     )
     dtype = re.search(r" in torch\.(\w+);", a[0].output)[1]
     limit = peak_flops(machine["name"], dtype) or machine.get(dtype)
-    peer_limit = limit if device == "cuda" else machine["float32"]  # nanoGPT has no autocast but on GPUs
+    peer_limit = limit if device == "cuda" else machine["float32"]  # nanoGPT uses autocast on GPUs only
     shares = {"share": lambda ms: own_flops / ms * 1000 / limit}
     shares["peer_share"] = lambda ms: peer_flops / ms * 1000 / peer_limit
     yield row(("train", size, device, "ms/iteration"), a, b, limit=limit, **shares if limit else {})
@@ -101,13 +102,13 @@ def train(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterator[
 
 
 def generate(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One continuation beside each peer's; ours alone: ten at once, and what a token far past block_size costs."""
+    """One continuation, beside each peer's; and without a peer: ten at once, and the cost far past block_size."""
     device, what = machine["device"], f"{size} {cfg.quantize or cfg.dtype}"
     shape = {key: value for key, value in SHAPES[size].items() if key != "batch_size"} | {"block_size": 1024}
-    shape["vocab_size"] = 50257 if size == "gpt2" else len(CHARS)
+    shape["vocab_size"] = GPT2_VOCAB_SIZE if size == "gpt2" else len(CHARS)
     settings = asdict(TrainConfig(**SHAPES[size] | {"block_size": 1024, "bias": True}))
     counted = call("counting", count_model, work, settings=settings, vocab_size=shape["vocab_size"], padded=False)
-    weights = counted.found["weights"]  # without positions, of which only one row is read
+    weights = counted.found["weights"]  # without positions: a token reads only one row of them
     peer_limit = machine["read"] / (weights * (2 if cfg.dtype == "bfloat16" else 4))  # each token reads all weights
     limit = machine["read"] / weights if cfg.quantize else peer_limit
     shares = {"share": lambda speed: speed / limit, "peer_share": lambda speed: speed / peer_limit}
@@ -129,7 +130,7 @@ def generate(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterat
         if ten:
             gain = statistics.median(m.value for m in ten) / statistics.median(m.value for m in a)
             yield row(("generate: 10 at once (ratio: to 1)", what, device, "tokens/s"), ten, [], ratio=gain)
-    if size != cfg.size[0]:  # of a model of its own, once
+    if size != cfg.size[0]:  # the rest has a model of its own, and runs once
         return
     (late,) = in_turn(cfg.repeats, "generate (ms/token)", lambda _: call("our model.py", time_tokens, work, **same))
     flat = statistics.median(m.found["early"] for m in late) / statistics.median(m.value for m in late)
@@ -141,12 +142,12 @@ def generate(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterat
 
 
 def prepare(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """prepare/text.py and nanoGPT's data/openwebtext/prepare.py, whole commands, with as many workers."""
-    jsonl, script = work / "text.jsonl", work / "peer" / "prepare.py"  # the peer's writes where it lies
+    """prepare/text.py and nanoGPT's data/openwebtext/prepare.py: whole commands with the same number of workers."""
+    jsonl, script = work / "text.jsonl", work / "peer" / "prepare.py"  # a copy, because it writes into its own folder
     documents = write_documents(cfg.input, jsonl, cfg.megabytes)
     theirs = {"script": str(script), "folder": str(work / "arrow"), "workers": os.cpu_count() or 1}
     if cfg.nanogpt:
-        importlib.metadata.version("datasets")  # a missing package is named before the work begins
+        importlib.metadata.version("datasets")  # a missing package is reported before the work begins
         if documents < 2048:
             raise UserError(f"megabytes={cfg.megabytes}: too little for the peer, which needs 2048 documents (11 MB)")
         script.parent.mkdir()
@@ -175,11 +176,11 @@ def prepare(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterato
 
 
 def time_to_loss(name: str, command: list[Any], cwd: Any, work: Path, repeat: int) -> Measured:
-    """Train to the end: the value is the seconds to the last evaluation, "loss" the loss on the whole val split."""
+    """Train to the end; the value is the seconds to the last evaluation, "loss" the loss on the whole val split."""
     out = work / f"{name}-{repeat}"
-    # a user's first run finds nothing that torch.compile has made before
+    # an empty compile cache, as in a user's first run
     measured = run(f"{name}: train.py", [*command, f"--out_dir={out}"], cwd, TORCHINDUCTOR_CACHE_DIR=f"{out}-cache")
-    if (out / BEST).exists():  # nanoGPT keeps its best: where a recipe overfits, its last would lose
+    if (out / BEST).exists():  # the best checkpoint is what nanoGPT keeps, so ours is compared with it
         (out / BEST).replace(out / LAST)
     evaluation = [sys.executable, ROOT / "train.py", f"--data_dir={work}", "--dataset=shakespeare_char"]
     evaluation += ["--init_from=resume", "--eval_only=True", "--eval_iters=0", "--device=cpu", "--dtype=float32"]
@@ -190,9 +191,9 @@ def time_to_loss(name: str, command: list[Any], cwd: Any, work: Path, repeat: in
 
 
 def loss(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """How long a recipe for tiny Shakespeare takes, from nothing to its last evaluation, and the loss it ends with.
+    """Seconds that a recipe for tiny Shakespeare takes, from the start to its last evaluation; and its loss.
 
-    Both losses are measured on the whole validation split, by our train.py. Our runs differ in their seeds.
+    Our train.py measures both losses on the whole validation split. Our runs differ in their seeds.
     """
     device = cfg.device if cfg.device.startswith("cuda") else "cpu"
     kind = device.partition(":")[0]

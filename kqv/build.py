@@ -1,4 +1,4 @@
-"""Settings, a checkpoint or weights -> the model. Callers hand in the classes, GPT and GPTConfig of model.py."""
+"""Settings, a checkpoint or weights -> the model. Callers pass the classes GPT and GPTConfig of model.py."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -16,7 +16,7 @@ from kqv.settings import TrainConfig
 
 
 def model_config(config_class: type, cfg: TrainConfig, vocab_size: int) -> Any:
-    """The GPTConfig that the settings ask for. Raises UserError if there is no such model."""
+    """The GPTConfig of these settings. Raises UserError if they contradict each other."""
     switches = {field.name: getattr(cfg, field.name) for field in fields(config_class) if hasattr(cfg, field.name)}
     try:
         return config_class(vocab_size=vocab_size, **switches)
@@ -27,13 +27,13 @@ def model_config(config_class: type, cfg: TrainConfig, vocab_size: int) -> Any:
 def make_model(
     model_class: type, config_class: type, cfg: TrainConfig, vocab_size: int, saved: dict[str, Any] | None
 ) -> Any:
-    """The model to train, on the CPU: the checkpoint's, a new one, or GPT-2; its context is cut to block_size."""
+    """The model to train, on the CPU: the checkpoint's, a new one, or GPT-2. Its context is cut to block_size."""
     if saved:
         source, path = f"the checkpoint in {cfg.out_dir}", Path(cfg.out_dir) / LAST
         model = restore_model(saved, path, model_class, config_class, dropout=cfg.dropout, attention=cfg.attention)
     elif cfg.init_from in ("scratch", "auto"):
         source = "the data"
-        # ids past the tokenizer's, which are only padding, are never targets nor sampled
+        # the ids that padding adds are never targets and never sampled
         model = model_class(model_config(config_class, cfg, padded_vocab_size(vocab_size)))
     else:
         source = cfg.init_from
@@ -64,7 +64,7 @@ def restore_model(saved: dict[str, Any], path: Path, model_class: type, config_c
             if not isinstance(value, kinds[key] | int) or value != value:  # an int is a float too, but nan is none
                 raise TypeError(f"{key}={value!r}")
         weights = {name: tensor.float() for name, tensor in saved["model"].items()}  # if saved as 16 bits
-        if args.get("n_layer", 0) > len(weights):  # so many empty layers would take for ever to make
+        if args.get("n_layer", 0) > len(weights):  # else 10**9 layers would be made before the error
             raise ValueError(f"n_layer={args['n_layer']} and {len(weights)} weights")
         return build_model(model_class, config_class(**args | overrides), weights)
     except DAMAGE as error:
@@ -73,7 +73,7 @@ def restore_model(saved: dict[str, Any], path: Path, model_class: type, config_c
 
 
 def build_model(model_class: type, config: Any, weights: dict[str, Tensor]) -> Any:
-    """A model that takes `weights` (name -> tensor) as its own, without initialising or copying."""
+    """A model with these weights (name -> tensor), which are neither initialised nor copied."""
     model = empty_model(model_class, config)
     if config.tie_embeddings:
         weights = weights | {"lm_head.weight": weights["transformer.wte.weight"]}
@@ -90,7 +90,7 @@ def empty_model(model_class: type, config: Any) -> Any:
 
 
 class SkipInit(TorchFunctionMode):
-    """Leave weights as they are: those of "meta" hold nothing, and initialising them would import torch._dynamo."""
+    """Skip torch.nn.init: "meta" weights hold no numbers, and initialising them would import torch._dynamo."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":

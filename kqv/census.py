@@ -1,7 +1,7 @@
-"""What a training step holds in memory, counted on the step itself.
+"""Memory and FLOPs of a training step, counted on the step itself.
 
 The step runs on fake tensors, which have shapes but no memory, with the code that trains: the model, its loss, the
-optimizers. A new switch of the model needs no change here.
+optimizers. So a new switch of the model needs no change here.
 """
 
 import weakref
@@ -24,10 +24,10 @@ from kqv.optim import make_optimizers
 from kqv.settings import TrainConfig
 
 PARTS = ("weights", "optimizer", "gradients", "activations", "temporary")
-COUNTED_LAYERS = 12  # a deeper model is counted with as many and with one less: each further layer takes the same
+COUNTED_LAYERS = 12  # a deeper model is counted with 12 and with 11 layers: each further layer needs the difference
 MODULES = {"conv_": "convolutions", "ln_": "norms", "_norm": "norms", "attn": "attention", "mlp": "MLP"}
 
-Moments = dict[str, dict[str, int]]  # moment that can be a run's peak -> part -> bytes at the moment's own peak
+Moments = dict[str, dict[str, int]]  # phase of a step -> part -> bytes at the peak of that phase
 
 
 def part_of_model(name: str) -> str:
@@ -36,7 +36,7 @@ def part_of_model(name: str) -> str:
 
 
 class Census(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, by part, and remembers each moment's peak."""
+    """Counts the bytes of all living storages, by part, and remembers each moment's peak."""
 
     def __init__(self):
         super().__init__()
@@ -78,7 +78,7 @@ class Census(TorchDispatchMode):
         self.moments[moment] = dict(self.alive)
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Take note that autograd keeps a tensor for the backward pass: a hook for saved_tensors_hooks."""
+        """Count a tensor that autograd keeps for the backward pass: a hook for saved_tensors_hooks."""
         part, size = self.storages.get(tensor.untyped_storage()._cdata, ("temporary", 0))
         if part == "temporary":
             self.assign(tensor, "activations")
@@ -99,11 +99,11 @@ class Census(TorchDispatchMode):
                 parameter.register_post_accumulate_grad_hook(lambda p: self.assign(p.grad, "gradients"))
 
 
-# -- what GPUs do otherwise than the CPU on whose fake tensors the step runs -------------------------------------------
+# -- GPU kernels keep other tensors than the CPU's, on whose fake tensors the step runs --------------------------------
 
 
 class FusedAttention(torch.autograd.Function):
-    """Attention as CUDA's kernels do it: they keep q, k, v, the result and the logarithm of each row's sum."""
+    """Attention as CUDA kernels compute it: they keep q, k, v, the result and the logarithm of each row's sum."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -130,10 +130,10 @@ class FusedNorm(torch.autograd.Function):
 
 
 def as_on_gpu(model: nn.Module, sdpa: bool) -> None:
-    """Let attention, dropout and RMSNorm keep what they keep on a GPU."""
+    """Make attention, dropout and RMSNorm keep the tensors that they keep on a GPU."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p:
-            module.forward = lambda x, p=module.p: torch.native_dropout(x, p, True)[0]  # a byte for each number
+            module.forward = lambda x, p=module.p: torch.native_dropout(x, p, True)[0]  # keeps one byte per number
         elif isinstance(module, nn.RMSNorm):
             module.forward = lambda x, weight=module.weight: FusedNorm.apply(x.type_as(weight), weight)
         elif name.endswith(".attn") and sdpa:
@@ -144,7 +144,7 @@ def as_on_gpu(model: nn.Module, sdpa: bool) -> None:
 
 
 def fake_model(model_class: type, config: Any) -> nn.Module:
-    """A model on fake tensors; called within a FakeTensorMode."""
+    """A model on fake tensors. Call it within a FakeTensorMode."""
     with torch.device("cpu"), SkipInit():
         return model_class(config)
 
@@ -162,7 +162,7 @@ def count_step(
         census.watch(model)
         optimizers = make_optimizers(model, cfg, torch.float32 if dtype == torch.float32 else torch.bfloat16)
         gradients = [p for p in model.parameters() if p.requires_grad]
-        for parameter in gradients:  # a first step, which makes the optimizers' states
+        for parameter in gradients:  # a first step creates the optimizers' states
             parameter.grad = torch.empty_like(parameter)
         for optimizer in optimizers.values():
             optimizer.step()
@@ -180,7 +180,7 @@ def count_step(
 
 
 def keep_input(census: Census, forward: Callable, x: Tensor, *others: Any) -> Tensor:
-    """A block whose activations are computed again: its input is what is kept."""
+    """A block's forward pass with activation checkpointing, which keeps only the block's input."""
     census.keep(x)
     return forward(x, *others)
 
@@ -224,7 +224,7 @@ def run_moments(
 def memory(
     model_class: type, config: Any, cfg: TrainConfig, dtype: torch.dtype, gpu: bool, micro_steps: int, rows: int
 ) -> tuple[Moments, dict[str, int]]:
-    """Bytes at each moment of a step in one process that has the whole model, and what is kept for backward by part."""
+    """Bytes at each moment of a step of one process with the whole model; and bytes kept for backward, by part."""
     depths = sorted({min(config.n_layer, COUNTED_LAYERS), min(config.n_layer, COUNTED_LAYERS - 1)})
     counts = [
         count_step(model_class, replace(config, n_layer=depth), cfg, dtype, gpu, micro_steps > 1, rows)
@@ -246,7 +246,7 @@ def flops_per_token(model_class: type, config: Any) -> float:
     """
     totals = []
     for depth in (1, 2):
-        one = replace(config, n_layer=depth, attention="explicit")  # whose products the counter sees
+        one = replace(config, n_layer=depth, attention="explicit")  # the counter does not see inside fused kernels
         with FakeTensorMode(), FlopCounterMode(display=False) as counter:
             tokens = torch.empty(1, config.block_size, dtype=torch.int64)
             fake_model(model_class, one)(tokens, tokens)[1].backward()

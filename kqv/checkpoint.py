@@ -1,6 +1,6 @@
-"""Checkpoints: one file with all that a run needs to go on, or a sampler to write. Reads nanoGPT's files too.
+"""Checkpoints: one file with everything to resume a run or to sample from it. Reads nanoGPT's files too.
 
-A file holds tensors and plain Python values only, and nothing in a file is executed when it is loaded (weights_only).
+A file holds tensors and plain Python values only. Loading it executes nothing (weights_only).
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from kqv.errors import UserError
 from kqv.machine import utc_now
 from kqv.rundir import BEST, LAST, checkpoints, snapshot_name, snapshots
 
-# what unpickling bytes that are not a checkpoint can raise
+# errors that unpickling a damaged file can raise
 DAMAGE = (RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError, AssertionError, struct.error)
 DAMAGE += (ArithmeticError,)  # float(10**400)
 SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # GradScaler's state
@@ -32,43 +32,43 @@ MOMENTS = {"optimizer": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_bu
 
 @dataclass
 class LoopState:
-    """What the training loop knows besides weights and optimizers; a checkpoint holds each field under its name."""
+    """State of the training loop besides weights and optimizers; a checkpoint holds each field under its name."""
 
     iter_num: int = 0  # updates that the weights have had
-    sequences: int = 0  # sequences that they were trained on, and the place of the next in the run's order
-    tokens: int = 0  # tokens that they were trained on
+    sequences: int = 0  # sequences consumed, which is also the place of the next one in the run's order
+    tokens: int = 0  # tokens consumed
     elapsed_seconds: float = 0.0  # of the training clock
     val_loss: float = math.nan  # of the last evaluation
     best_val_loss: float = math.inf
-    evals_since_best: int = 0  # what patience counts
-    evaluated_iter: int = -1  # of the last evaluation that was counted: a resumed run repeats it
+    evals_since_best: int = 0  # compared with patience
+    evaluated_iter: int = -1  # of the last evaluation that was counted, which a resumed run repeats
     bad_steps: list[int] = field(default_factory=lambda: [0, 0, -1])  # the fields of bad_steps.Skipped
     recent_losses: list[float] = field(default_factory=list)
     wandb_id: str | None = None
 
     @classmethod
     def from_checkpoint(cls, saved: dict[str, Any], sequences_per_iter: int, tokens_per_iter: int) -> "LoopState":
-        """The state as it was saved; what nanoGPT and older files do not hold follows from the iteration."""
+        """The saved state. Counts that nanoGPT's and older files lack are computed from iter_num."""
         iter_num = saved["iter_num"]
         counted = {"sequences": iter_num * sequences_per_iter, "tokens": iter_num * tokens_per_iter}
         counted["val_loss"] = saved["best_val_loss"]
         return cls(**counted | {entry.name: saved[entry.name] for entry in fields(cls) if entry.name in saved})
 
     def progress(self, elapsed_seconds: float) -> dict[str, Any]:
-        """What each line of metrics.jsonl begins with."""
+        """The first entries of a line of metrics.jsonl."""
         return {"iter": self.iter_num, "time": utc_now(), "elapsed_seconds": elapsed_seconds, "tokens": self.tokens}
 
     def evaluated(self, val_loss: float) -> bool:
-        """Take note of an evaluation; returns whether it is the best so far."""
+        """Record an evaluation; returns whether it is the best so far."""
         improved = val_loss < self.best_val_loss
         self.val_loss, self.best_val_loss = val_loss, min(val_loss, self.best_val_loss)
-        if self.iter_num != self.evaluated_iter:  # a resumed run evaluates again what the saved one had counted
+        if self.iter_num != self.evaluated_iter:  # else it was counted before the run was resumed
             self.evals_since_best = 0 if improved else self.evals_since_best + 1
         self.evaluated_iter = self.iter_num
         return improved
 
     def forget_best(self) -> None:
-        """Let best and patience begin anew: losses on other data or with another context cannot be compared."""
+        """Reset best loss and patience: losses on other data, or with another context, cannot be compared."""
         self.best_val_loss, self.evals_since_best, self.evaluated_iter, self.recent_losses = math.inf, 0, -1, []
 
 
@@ -76,7 +76,7 @@ class LoopState:
 
 
 class ErrorKeeper:
-    """A file that keeps the OSError of a failed write: torch.save raises a RuntimeError that does not say why."""
+    """A file that keeps the OSError of a failed write, because torch.save raises a RuntimeError without the reason."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.error = file, None
@@ -95,8 +95,7 @@ class ErrorKeeper:
 def save(checkpoint: dict[str, Any], out_dir: Path, best: bool, keep_last: int = 0) -> None:
     """Write out_dir/ckpt.pt; if `best` the same as best.pt, and if keep_last as ckpt-ITERATION.pt.
 
-    Atomic: on failure raises OSError and leaves the previous files intact. The new file takes the old one's place in
-    one rename, after its bytes have reached the disk.
+    Atomic: on failure raises OSError and leaves the previous files intact. The new file is fsynced, then renamed.
     """
     new = out_dir / f"{LAST}.new"
     names = [BEST] * best + [snapshot_name(checkpoint["iter_num"])] * (keep_last > 0)
@@ -114,7 +113,7 @@ def save(checkpoint: dict[str, Any], out_dir: Path, best: bool, keep_last: int =
             twin = out_dir / f"{name}.new"
             twin.unlink(missing_ok=True)
             try:
-                os.link(new, twin)  # one copy on the disk serves all names
+                os.link(new, twin)  # all names share one copy on the disk
             except OSError:  # a file system without hard links
                 shutil.copyfile(new, twin)
             twin.replace(out_dir / name)
@@ -123,7 +122,7 @@ def save(checkpoint: dict[str, Any], out_dir: Path, best: bool, keep_last: int =
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
     if keep_last:
-        # one of a later iteration is not of this run's past: it was there before the run went back to an earlier state
+        # snapshots of later iterations stay: they are from before the run was resumed from an earlier state
         past = [path for iter_num, path in snapshots(out_dir).items() if iter_num <= checkpoint["iter_num"]]
         for old in past[keep_last:]:
             old.unlink()
@@ -133,7 +132,7 @@ def save(checkpoint: dict[str, Any], out_dir: Path, best: bool, keep_last: int =
 
 
 def load_newest(out_dir: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """The newest checkpoint that is whole, after a line for each newer one that is not. UserError if there is none."""
+    """The newest checkpoint that is not damaged; each damaged one gets a line. Raises UserError if there is none."""
     for path in (found := checkpoints(out_dir)):
         try:
             return load(path)
@@ -145,21 +144,21 @@ def load_newest(out_dir: Path, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def load(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. UserError if it is none, is damaged, or would run code.
+    """Read a checkpoint onto the CPU. Raises UserError if it is damaged, no checkpoint, or would run code.
 
     Keys: "model" (weights of the bare model), "model_args", "config", "iter_num", "best_val_loss", and if the file has
-    them "optimizer", "scaler", "tokenizer", ... With mmap, weights are read from the file when they are used.
+    them "optimizer", "scaler", "tokenizer", ... With mmap, a weight is read from the file when it is used.
     """
     if not path.is_file():
         raise UserError(f"no checkpoint {path}")
     check_archive(path)
     try:
-        with warnings.catch_warnings():  # of pickle versions that torch does not write
+        with warnings.catch_warnings():  # about pickle protocols that torch does not write
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if not isinstance(checkpoint, dict):
             raise TypeError(f"{type(checkpoint).__name__} instead of a dict")
-        # torch.compile's wrapper leaves a prefix in nanoGPT's files, its old attention a mask
+        # nanoGPT's files may have the prefix of torch.compile's wrapper, and the mask of its slow attention
         weights = {
             name.removeprefix("_orig_mod."): tensor
             for name, tensor in checkpoint["model"].items()
@@ -174,7 +173,7 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
         }
         check_loop(checkpoint)
         check_tensors(weights)
-        if not mmap:  # a caller that maps the file does not read the moments
+        if not mmap:  # else the moments are not used, and checking would read them
             check_moments(checkpoint)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL:? (\S+)", str(error), re.IGNORECASE)
@@ -187,16 +186,16 @@ def load(path: Path, mmap: bool = False) -> dict[str, Any]:
 
 
 def check_archive(path: Path) -> None:
-    """UserError if the file is not a zip archive, as torch.save writes, or if the checksum of a part is wrong."""
+    """Raise UserError if the file is not a zip archive, as torch.save writes, or if a checksum is wrong."""
     try:
         with zipfile.ZipFile(path) as archive:
-            # PyTorch packs nothing; its reader leaves memory as it was if a part is marked as a folder (DOS bit 4)
+            # PyTorch compresses nothing. Its reader leaves memory unset if a part is marked as a folder (DOS bit 4)
             odd = (part.filename for part in archive.infolist() if part.compress_type or part.external_attr & 0x10)
             damaged = next(odd, None) or archive.testzip()
     except (zipfile.BadZipFile, NotImplementedError, OSError, *DAMAGE):
         raise UserError(f"{path} is not a checkpoint, or is cut short") from None
     if damaged:
-        raise UserError(f"{path} is damaged: the checksum of its part {damaged} is wrong, or it is packed")
+        raise UserError(f"{path} is damaged: the checksum of its part {damaged} is wrong, or it is compressed")
 
 
 def as_float(value: Any) -> float:
@@ -206,7 +205,7 @@ def as_float(value: Any) -> float:
 
 
 def check_loop(checkpoint: dict[str, Any]) -> None:
-    """ValueError if the training loop cannot have saved these values."""
+    """Raise ValueError if the training loop cannot have saved these values."""
 
     def is_count(value: Any, low: int = 0) -> bool:
         return type(value) is int and low <= value < 2**63
@@ -234,7 +233,7 @@ def check_loop(checkpoint: dict[str, Any]) -> None:
 
 
 def check_tensors(tensors: dict[str, Any]) -> None:
-    """ValueError if one is not a whole tensor of finite numbers in memory, but sparse, quantized, expanded, ..."""
+    """Raise ValueError if one is not a dense tensor of finite numbers, but sparse, quantized, expanded, ..."""
     for name, tensor in tensors.items():
         if not torch.is_tensor(tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise ValueError(f"{name} is not a tensor in memory")
@@ -245,7 +244,7 @@ def check_tensors(tensors: dict[str, Any]) -> None:
 
 
 def check_moments(checkpoint: dict[str, Any]) -> None:
-    """KeyError or ValueError if the optimizers' states are not what AdamW and Muon can have saved."""
+    """Raise KeyError or ValueError if AdamW and Muon cannot have saved these states."""
     for key, names in MOMENTS.items():
         for moments in (checkpoint.get(key) or {"state": {}})["state"].values():
             check_tensors(moments)

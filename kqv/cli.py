@@ -36,7 +36,7 @@ def members(kind: Any) -> tuple[Any, ...]:
 
 
 def convert(key: str, value: Any, kind: Any) -> Any:
-    """`value` (text of a flag, or any object of a config file) as type `kind`; UserError names what is accepted."""
+    """`value` (text of a flag, or any object of a config file) as type `kind`. Raises UserError if it is none."""
     if isinstance(value, numbers.Number) and hasattr(value, "item"):  # a config file's np.int64(8)
         value = value.item()
     text = isinstance(value, str)
@@ -60,7 +60,7 @@ def convert(key: str, value: Any, kind: Any) -> Any:
 
 
 def describe_type(kind: Any) -> str:
-    """What a value of this type looks like, for error messages and --help."""
+    """The accepted values of a type, for error messages and --help."""
     if get_origin(kind) is Literal:
         return " | ".join(get_args(kind))
     if get_origin(kind) is tuple:
@@ -79,7 +79,7 @@ def unknown_setting(key: str, known: list[str]) -> UserError:
 
 
 def read_config_file(path: str, kinds: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a config file assigns. Its imports, functions, loop variables and _names are its own."""
+    """The settings that a config file assigns, without its imports, functions, loop variables and _names."""
     found = next((p for p in (Path(path), ROOT / "configs" / Path(path).name) if p.is_file()), None)
     if found is None or found.suffix != ".py":
         raise UserError(f"no config file {path!r}; settings are given as --key=value")
@@ -103,7 +103,7 @@ def read_config_file(path: str, kinds: dict[str, Any]) -> dict[str, Any]:
 
 
 def names_of_its_own(tree: ast.Module) -> set[str]:
-    """What a config file imports, and the variables of its `for` and `with`: these are no settings."""
+    """Names in a config file that are not settings: its imports, and the variables of its `for` and `with`."""
     own = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -173,7 +173,7 @@ def parse(cls: type[Settings], arguments: list[str], doc: str = "") -> tuple[Set
 
 
 def print_help(cls: type, doc: str) -> None:
-    """Print every option with its type, default and meaning, laid out by Typer under the class in which it stands."""
+    """Print every option with its type, default and meaning, laid out by Typer, under the name of its class."""
     import typer
 
     hints, positional = get_type_hints(cls, include_extras=True), getattr(cls, "POSITIONAL", None)
@@ -207,8 +207,8 @@ def print_help(cls: type, doc: str) -> None:
 
 
 def parse_command_line(cls: type[Settings], doc: str) -> tuple[Settings, dict[str, str]]:
-    """The settings that sys.argv asks for. From here on Ctrl-C is one line too, while torch is imported say."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as train.py has it during its first imports
+    """The settings in sys.argv. From here on Ctrl-C ends in one line, also while torch is imported."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # train.py and sample.py set it before their imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.excepthook = lambda kind, *rest: (
         print("error: interrupted", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)
@@ -217,14 +217,14 @@ def parse_command_line(cls: type[Settings], doc: str) -> tuple[Settings, dict[st
         if getattr(sys, name) is None:  # closed by whoever started us: `>&-`, cron
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a character that its encoding lacks is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):  # a character that its encoding lacks becomes "?"
             stream.reconfigure(errors="replace")
     with one_line_errors():
         return parse(cls, sys.argv[1:], doc)
 
 
 def run(main: Callable[[Settings, dict[str, str]], None], cls: type[Settings]) -> None:
-    """Call main(config, origin) with what the command line says; main's docstring is its --help."""
+    """Call main(settings, origin) with the settings in the command line; main's docstring heads --help."""
     settings = parse_command_line(cls, inspect.getdoc(main))
     with one_line_errors():
         main(*settings)

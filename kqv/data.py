@@ -25,10 +25,10 @@ from kqv.tokenizer import GPT2_VOCAB_SIZE, from_description, read_meta_pkl
 if TYPE_CHECKING:
     from torch import Tensor
 
-EVAL_BATCH = 12  # windows per unit of eval_iters: nanoGPT's batch_size, so that ours does not change the measurement
-EVAL_TOKENS = 4096  # tokens in one evaluation forward: fixed, so that rounding does not depend on batch_size
+EVAL_BATCH = 12  # windows per unit of eval_iters: nanoGPT's default batch_size, so batch_size does not change the loss
+EVAL_TOKENS = 4096  # tokens in one evaluation forward pass: fixed, so that rounding does not depend on batch_size
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256  # llm.c: 256 int32, the third is the number of tokens
-VERIFY_BYTES = 2**27  # files up to this size are read and checked when they are opened; that takes 0.1 s
+VERIFY_BYTES = 2**27  # files up to this size are read and verified when they are opened, which takes 0.1 s
 
 
 def find_dataset(data_dir: str, dataset: str) -> Path:
@@ -94,7 +94,7 @@ def open_tokens(path: Path, dtype: str, recorded: dict[str, Any], vocab_size: in
         raise UserError(f"{path} is damaged: {n:,} tokens, but meta.json records {recorded['tokens']:,}")
     if n < 2:
         raise UserError(f"{path} has {n} tokens: nothing to learn from")
-    # a plain array: slicing np.memmap takes three times as long
+    # a plain array, because slicing an np.memmap takes three times as long
     tokens = np.asarray(np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode="r", offset=offset))
     if size <= VERIFY_BYTES:
         if "sha256" in recorded and hashlib.sha256(tokens).hexdigest() != recorded["sha256"]:
@@ -104,7 +104,7 @@ def open_tokens(path: Path, dtype: str, recorded: dict[str, Any], vocab_size: in
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
-    """Raises UserError if an id is outside the vocabulary, which on a GPU would be an assertion without a cause."""
+    """Raise UserError if an id is outside the vocabulary. (A GPU would only report a failed assertion.)"""
     if (largest := int(tokens.max())) >= vocab_size:
         raise UserError(
             f"{path} has the id {largest}, beyond the vocabulary of {vocab_size}: made for another tokenizer?"
@@ -144,17 +144,17 @@ class Split:
         return random.permutation(np.arange(self.windows.sum(), dtype=np.uint32)), offsets
 
     def batch(self, seed: int, first: int, batch_size: int) -> "tuple[Tensor, Tensor]":
-        """Sequences first ... first + batch_size - 1 of the endless order of training sequences: x and y, (B, T) int64.
+        """Training sequences first ... first + batch_size - 1 of the run's order: x and y, (B, T) int64 each.
 
-        A pure function. In each epoch every window comes once, in an order that depends on the seed and the epoch. So
-        steps, micro-steps and ranks that take disjoint stretches of the order get disjoint windows, and a resumed run
+        A pure function. Each epoch contains every window once, in an order that depends on the seed and the epoch. So
+        steps, micro-steps and ranks that take disjoint parts of the order get disjoint windows, and a resumed run
         replays nothing.
         """
-        import torch  # here, so that prepare/ need not wait for it
+        import torch  # imported here, because prepare/ does not need it
 
         T, bounds = self.block_size, self.windows.cumsum()
         total = int(bounds[-1])
-        tokens = np.empty((batch_size, T + 1), dtype=np.int64)  # before the loop: too large a batch fails at once
+        tokens = np.empty((batch_size, T + 1), dtype=np.int64)  # before the loop, so that too large a batch fails now
         for epoch in range(first // total, (first + batch_size - 1) // total + 1):
             order, offsets = self.epoch(seed, epoch)
             begin = epoch * total  # the epoch's first sequence
@@ -181,7 +181,7 @@ class Split:
     ) -> "Iterator[tuple[int, Tensor, Tensor]]":
         """Yield this rank's evaluation batches: (number of the batch, x, y), x and y (rows, T); y is -1 past the end.
 
-        Every rank gets the same number of batches, which FSDP requires, so a rank's last can be all padding.
+        Every rank gets the same number of batches, as FSDP requires, so a rank's last one can be all padding.
         """
         import torch
 
@@ -199,7 +199,7 @@ class Split:
 
 @dataclass
 class Dataset:
-    """The data set of a run, and its fixed evaluation windows."""
+    """A run's data set, and its fixed evaluation windows."""
 
     folder: Path
     meta: dict[str, Any]
@@ -230,22 +230,22 @@ def open_dataset(data_dir: str, dataset: str, block_size: int, eval_iters: int) 
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """The vocabulary size of a new model: a large one is rounded up to a multiple of 64, for the tensor cores."""
+    """The vocabulary size of a new model: above 1024, rounded up to a multiple of 64 for the tensor cores."""
     return 64 * math.ceil(vocab_size / 64) if vocab_size > 1024 else vocab_size
 
 
 class MicroBatches:
-    """One process's micro-batches, from sequence `first` of the training order on. One is always read ahead."""
+    """One process's micro-batches, starting at sequence `first` of the run's order. One is always read ahead."""
 
     def __init__(self, split: Split, seed: int, first: int, batch_size: int, micro_steps: int, processes: Any):
         self.split, self.seed, self.device = split, seed, processes.device
-        self.batch_size, self.micro_steps = batch_size, micro_steps  # sequences in each; this process's in one step
+        self.batch_size, self.micro_steps = batch_size, micro_steps  # sequences in each; micro-batches in a step
         self.place = first + processes.rank * batch_size  # first sequence of the micro-batch to read next
         self.stride = processes.world_size * batch_size
         self.read()
 
     def read(self) -> None:
-        """Set `next` to x and y, (B, T) each, on the device. From pinned memory the copy overlaps with computing."""
+        """Set `next` to x and y, (B, T) each, on the device. The copy from pinned memory overlaps with computing."""
         x, y = self.split.batch(self.seed, self.place, self.batch_size)
         if self.device.type == "cuda":
             x, y = x.pin_memory(), y.pin_memory()
@@ -253,6 +253,6 @@ class MicroBatches:
         self.place += self.stride
 
     def first_sequences(self, steps: int) -> list[int]:
-        """The first sequence of each micro-batch of an earlier step: 0 is the one just done, -1 the one before it."""
+        """The first sequence of each micro-batch of a past step: 0 is the last step, -1 the one before."""
         start = self.place - self.stride + (steps - 1) * self.micro_steps * self.stride
         return [start + micro_step * self.stride for micro_step in range(self.micro_steps)]

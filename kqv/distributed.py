@@ -1,7 +1,7 @@
-"""One run in several processes: who they are, what they decide together, how they share the model; torch.compile.
+"""One run in several processes: connecting them, sums and votes, DDP and FSDP; and torch.compile.
 
-DDP (arXiv:2006.15704): each process has the whole model. FSDP (arXiv:2304.11277): each keeps its share of every weight
-and of the optimizer's state, and a block's weights are gathered for as long as it computes.
+DDP (arXiv:2006.15704): each process has the whole model. FSDP (arXiv:2304.11277): each process holds a share of every
+weight and of the optimizer's state, and gathers a block's weights while that block computes.
 """
 
 import os
@@ -22,12 +22,12 @@ from kqv.machine import resolve_device
 
 @dataclass
 class Processes:
-    """The processes of a run, as one of them sees them. Without torchrun there is one."""
+    """This process among those of the run. Without torchrun there is only this one."""
 
     rank: int
     world_size: int
     device: torch.device
-    host_group: dist.ProcessGroup | None = None  # of gloo's, for what need not pass through a GPU; None: one process
+    host_group: dist.ProcessGroup | None = None  # a gloo group, for values in CPU memory; None without torchrun
 
     @property
     def main(self) -> bool:
@@ -40,7 +40,7 @@ class Processes:
         return self.host_group is not None
 
     def any(self, yes: bool) -> bool:
-        """Whether any process says yes; no GPU is waited for."""
+        """Whether `yes` is true in any process. Does not wait for a GPU."""
         if not self.connected:
             return yes
         vote = torch.tensor([yes], dtype=torch.uint8)
@@ -48,14 +48,14 @@ class Processes:
         return bool(vote.item())
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of the processes' tensors, one of each, on the device."""
+        """The sum of this tensor over the processes, on the device."""
         if self.connected:
             tensor = tensor.to(self.device, copy=True)
             dist.all_reduce(tensor)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value, by rank; it is pickled on its way."""
+        """The values of all processes, by rank. They are sent as pickles."""
         if not self.connected:
             return [value]
         values = [None] * self.world_size
@@ -76,7 +76,7 @@ class Processes:
 
 
 def read_environment() -> tuple[int, int, int]:
-    """RANK, LOCAL_RANK and WORLD_SIZE, as torchrun sets them; 0, 0, 1 without RANK. UserError if they make no sense."""
+    """RANK, LOCAL_RANK, WORLD_SIZE as torchrun sets them; 0, 0, 1 without RANK. Raises UserError if invalid."""
     if "RANK" not in os.environ:  # some clusters set WORLD_SIZE for every command
         return 0, 0, 1
     keys = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -96,17 +96,17 @@ def read_environment() -> tuple[int, int, int]:
 
 
 def connect(device: str, backend: str) -> Processes:
-    """Become one of the processes that torchrun has started, on its own device; or the only one, without torchrun."""
+    """Connect to the other processes that torchrun started; without torchrun, this is the only process."""
     rank, local_rank, world_size = read_environment()
     processes = Processes(rank, world_size, resolve_device(device, local_rank))
     on_gpu = processes.device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(processes.device)
-        torch.set_float32_matmul_precision("high")  # TF32, where float32 is left
+        torch.set_float32_matmul_precision("high")  # TF32 for the remaining float32 products
     if "RANK" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://"))
-        # When torchrun starts its processes again it keeps the store in which they look each other up: on one node the
-        # count of restarts tells old addresses from new. (Each node keeps its own count; docs/nodes.md has the rest.)
+        # torchrun keeps the store of addresses if it restarts its processes. On one node the restart count tells old
+        # addresses from new ones. (Each node has its own count, so several nodes need docs/nodes.md's setting.)
         one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "any", store)
         backend = ("nccl" if on_gpu else "gloo") if backend == "auto" else backend
@@ -119,7 +119,7 @@ def connect(device: str, backend: str) -> Processes:
 
 
 def recompute_activations(model: nn.Module) -> None:
-    """Keep of each block only its input for the backward pass, which computes the rest again (arXiv:1604.06174)."""
+    """Keep only each block's input for the backward pass, which recomputes the rest (arXiv:1604.06174)."""
     for block in model.transformer.h:
         block.forward = partial(recompute, block.forward, use_reentrant=False)
 
@@ -129,8 +129,8 @@ def is_sharded(value: Any) -> bool:
 
 
 def shard(loss_model: nn.Module, device: torch.device) -> None:
-    """Share a NextTokenLoss out over the processes, in place: the weights of its model become DTensors."""
-    from torch.distributed.fsdp import fully_shard  # half a second that other runs need not wait
+    """Shard a NextTokenLoss over the processes, in place: its model's weights become DTensors."""
+    from torch.distributed.fsdp import fully_shard  # its import takes half a second
 
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     for block in loss_model.model.transformer.h:
@@ -139,23 +139,23 @@ def shard(loss_model: nn.Module, device: torch.device) -> None:
 
 
 def wrap(model: nn.Module, processes: Processes) -> nn.Module:
-    """The model as it is trained: with several processes, one whose gradients are averaged over them."""
-    if not processes.connected or is_sharded(next(model.parameters())):  # FSDP averages them itself
+    """The model, wrapped in DDP if several processes are to average its gradients."""
+    if not processes.connected or is_sharded(next(model.parameters())):  # FSDP averages gradients itself
         return model
     device = processes.device
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def average_gradients(model: nn.Module, now: bool) -> None:
-    """Set whether the next backward pass averages gradients over the processes: only a step's last one needs to."""
+    """Synchronise gradients in the next backward pass or not: only the last micro-step of a step needs to."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = now
-    elif hasattr(model, "set_requires_gradient_sync"):  # an FSDPModule, which tells its blocks
+    elif hasattr(model, "set_requires_gradient_sync"):  # an FSDPModule
         model.set_requires_gradient_sync(now)
 
 
 def gather_full(value: Any, main: bool) -> Any:
-    """A state dict with its sharded tensors put together, in the main process; every process must call it."""
+    """A state dict with whole tensors instead of shards, in the main process; every process must call it."""
     if isinstance(value, dict):
         return {key: gather_full(item, main) for key, item in value.items()}
     if is_sharded(value):
@@ -165,7 +165,7 @@ def gather_full(value: Any, main: bool) -> Any:
 
 
 def distribute_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which every process has, sharded as `like` is; unchanged if `like` is not sharded."""
+    """Shard `value`, which every process holds, as `like` is sharded; returns it unchanged if `like` is not."""
     if not is_sharded(like):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -181,21 +181,21 @@ def compile_and_wrap(
     processes: Processes,
     say: Callable[[str], None],
 ) -> tuple[nn.Module, nn.Module]:
-    """The model under torch.compile, to evaluate with, and the same wrapped, to train with.
+    """The compiled model, for evaluation, and the same wrapped for several processes, for training.
 
-    It is tried on one step's work, so that the run's clock starts when all is compiled. If "auto" finds that it fails
-    in one process, a line says why and the model stays as it is in all of them.
+    One forward and backward pass compiles it, so that the training clock starts afterwards. If wanted="auto" and this
+    fails in one process, a line gives the reason and all processes continue without torch.compile.
     """
     device = processes.device
     if wanted is False or (wanted == "auto" and device.type != "cuda"):
         return model, wrap(model, processes)
-    say("compiling the model (takes a minute, --compile=False goes without)")
-    if device.type == "cpu":  # else compiled code lets threads add up the embedding's gradients in any order
+    say("compiling the model, which takes a minute (--compile=False trains without)")
+    if device.type == "cpu":  # else the threads of compiled code add up the embedding's gradients in any order
         torch.use_deterministic_algorithms(True)
     reason = None
     try:
         compiled = torch.compile(model, dynamic=False)
-        # through the wrapper: DDP has the graph cut where gradients can be sent while others are still computed
+        # through the wrapper, because DDP splits the graph, to send gradients while others are still computed
         wrapped = wrap(compiled, processes)
         average_gradients(wrapped, now=False)
         with autocast:
@@ -211,5 +211,5 @@ def compile_and_wrap(
         return compiled, wrapped
     if wanted is True:
         raise UserError(f"compile=True: torch.compile does not work here: {reason}")
-    say(f"going on without torch.compile, which does not work here: {reason}")
+    say(f"continuing without torch.compile, which does not work here: {reason}")
     return model, wrap(model, processes)

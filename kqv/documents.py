@@ -45,7 +45,7 @@ class TextFile:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """Open a text file, .gz or not; what goes wrong while it is read raises UserError."""
+    """Open a text file, .gz or not. Raises UserError, also while it is read, if it is damaged or not UTF-8."""
     # utf-8-sig: a byte order mark at the start is not text
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
         try:

@@ -1,4 +1,4 @@
-"""What a user can cause and mend, in one line instead of a traceback."""
+"""Errors that a user can cause and fix: one line on stderr and exit code 2 instead of a traceback."""
 
 import os
 import re
@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-# imported where they are used; pip installs each under the name that is imported
+# packages that are imported when they are used; pip installs each under the name that is imported
 OPTIONAL_PACKAGES = {"datasets", "huggingface_hub", "matplotlib", "numpy", "pyarrow", "requests", "rich", "safetensors"}
 OPTIONAL_PACKAGES |= {"tiktoken", "torch", "transformers", "typer", "wandb"}
 
 
 class UserError(Exception):
-    """Something that the user can cause and mend. A command prints the message, one line, and exits with 2."""
+    """An error that the user can cause and fix. A command prints the message, one line, and exits with 2."""
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End in one line on stderr and exit code 2 for a UserError, a missing package, an OSError or too little memory.
+    """Turn UserError, a missing package, OSError and out-of-memory into one line on stderr and exit code 2.
 
     Any other exception is a bug and keeps its traceback.
     """
@@ -29,7 +29,7 @@ def one_line_errors() -> Iterator[None]:
         fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted", code=130)
-    except BrokenPipeError:  # the reader of our output, `head` say, has gone
+    except BrokenPipeError:  # the reader of the output (`| head`) has ended
         discard_output()
         sys.exit(1)
     except ModuleNotFoundError as error:
@@ -41,17 +41,17 @@ def one_line_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not re.search("OutOfMemory|MemoryError|allocate memory", f"{type(error).__name__} {error}"):
             raise
-        lower = "train.py takes less with a lower --batch_size or --block_size, sample.py with fewer --num_samples"
+        lower = "train.py needs less with a lower --batch_size or --block_size, sample.py with fewer --num_samples"
         fail(f"out of memory: {lower}")
 
 
 def discard_output() -> None:
-    """Send what is printed from here on nowhere: the reader of our output, `head` say, has gone."""
+    """Redirect stdout to the null device, because the reader of the output (`| head`) has ended."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
     process = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
-    with suppress(OSError):  # nobody reads that either
+    with suppress(OSError):  # stderr may be closed as well
         print(f"error{process}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""The loss on fixed windows, the same for any batch size and number of processes."""
+"""Evaluation: the loss on fixed windows, the same for any batch size and number of processes."""
 
 import math
 from pathlib import Path
@@ -16,23 +16,23 @@ from kqv.errors import UserError
 def evaluate(
     model: nn.Module, split: Split, windows: np.ndarray, autocast: torch.autocast, processes: Processes
 ) -> float:
-    """Mean loss, in nats per token, on fixed windows. Every process takes its share and all get the same answer.
+    """Mean loss on fixed windows, in nats per token. Every process computes its share; all return the same value.
 
-    It is bit for bit the same for any batch size and number of processes: each batch of windows is summed by one
-    process, in one shape, and the sums are added up in one order.
+    The value is bit for bit the same for any batch size and number of processes: each batch of windows is summed by
+    one process, in one shape, and the sums are added in one order.
     """
     model.eval()
     losses = []
     for number, x, y in split.eval_batches(windows, processes.rank, processes.world_size):
         with autocast:
             loss = model(x.to(processes.device), y.to(processes.device))
-        if tokens := int((y >= 0).sum()):  # else the batch only keeps this process in step with the others
+        if tokens := int((y >= 0).sum()):  # a batch of padding only keeps the processes in step
             losses.append((number, loss, tokens))
     model.train()
     sums = torch.zeros(len(windows), 2, dtype=torch.float64)  # by batch: loss in nats, tokens
     for number, loss, tokens in losses:
         sums[number] = torch.tensor([loss.item() * tokens, tokens])
-    # each row is zero but in one process, so adding loses nothing
+    # each row is zero except in one process, so the sum is exact
     total, tokens = processes.sum(sums).cpu().sum(dim=0).tolist()
     return total / tokens
 
@@ -50,6 +50,6 @@ def evaluate_splits(
 
 
 def check_finite(val_loss: float, iter_num: int, out_dir: Path) -> None:
-    """Raise UserError if a run has diverged."""
+    """Raise UserError if the run has diverged."""
     if not math.isfinite(val_loss):
-        raise UserError(f"val_loss is {val_loss} at iteration {iter_num}; {out_dir} keeps what was saved before")
+        raise UserError(f"val_loss is {val_loss} at iteration {iter_num}; {out_dir} has the last checkpoint")

@@ -1,7 +1,7 @@
-"""Fast generation for sample.py: a forward pass that is compiled once and serves every new token.
+"""Fast generation for sample.py: a forward pass that is compiled once and used for every new token.
 
-GPT.generate asks its cache for positions, keys, values and their mask. A compiled graph needs the same shapes each
-time, so here these come from all block_size places of the cache, filled or not.
+A compiled graph needs the same shapes for each token. So attention here reads all block_size places of the cache, and a
+mask hides those that are not yet filled.
 """
 
 from typing import Any
@@ -38,8 +38,8 @@ class CompiledForward:
         if length == 0:
             for layer in cache:
                 for tensor in (layer.k, layer.v, *layer.recent):
-                    tensor.zero_()  # places not filled weigh 0, and 0 x nan would be nan
-                    torch._dynamo.mark_static_address(tensor, guard=False)  # so that CUDA graphs may write to it
+                    tensor.zero_()  # unfilled places have weight 0, but 0 * nan would be nan
+                    torch._dynamo.mark_static_address(tensor, guard=False)  # so that CUDA graphs can write to it
             return self.model(idx, cache=cache)
         position = torch.full((1,), length, device=idx.device)
         logits = self.compiled(idx, cache=[FixedShapeCache(layer, position) for layer in cache])

@@ -1,4 +1,4 @@
-"""Hugging Face weights -> ours: GPT-2, by its name on the hub or from a folder in its format."""
+"""Hugging Face weights -> ours: GPT-2, by its name on the hub, or from a folder in Hugging Face's format."""
 
 import json
 import pickle
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kqv.build import build_model
 from kqv.errors import UserError
+from kqv.tokenizer import GPT2_VOCAB_SIZE
 
 # n_layer, n_head, n_embd of the models on the hub
 GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280)}
@@ -21,7 +22,10 @@ TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 def load_gpt2(model_class: type, config_class: type, name: str, dropout: float = 0.0) -> Any:
-    """A `model_class` with the weights of GPT-2: `name` is one of GPT2_SIZES, downloaded if need be, or a folder."""
+    """A GPT with GPT-2's weights. `name` is one of GPT2_SIZES, downloaded if needed, or a folder.
+
+    Raises UserError if the folder has no GPT-2, or a damaged one.
+    """
     folder = Path(name)
     if name in GPT2_SIZES and not folder.is_dir():
         folder = download(f"openai-community/{name}")
@@ -47,16 +51,16 @@ def download(repository: str) -> Path:
 
 
 def gpt2_settings(name: str) -> dict[str, Any]:
-    """The GPTConfig settings of a GPT-2, read from a folder or known by name: nothing is downloaded."""
+    """The GPTConfig settings of a GPT-2, by its name or from a folder. Downloads nothing."""
     if name in GPT2_SIZES and not Path(name).is_dir():
         n_layer, n_head, n_embd = GPT2_SIZES[name]
         sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
-        return sizes | {"block_size": 1024, "vocab_size": 50257, "mlp": "gelu_tanh"}
+        return sizes | {"block_size": 1024, "vocab_size": GPT2_VOCAB_SIZE, "mlp": "gelu_tanh"}
     return read_gpt2_config(Path(name))
 
 
 def read_gpt2_config(folder: Path) -> dict[str, Any]:
-    """The GPTConfig settings in a folder's config.json. UserError if it does not describe a GPT-2."""
+    """The GPTConfig settings in a folder's config.json. Raises UserError if it does not describe a GPT-2."""
     try:
         theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if theirs["model_type"] != "gpt2" or theirs.get("scale_attn_by_inverse_layer_idx"):
@@ -77,7 +81,7 @@ def read_gpt2_config(folder: Path) -> dict[str, Any]:
 
 
 def read_gpt2_weights(folder: Path) -> dict[str, Tensor]:
-    """A folder's weights under our names, in float32. UserError if they are damaged or would run code."""
+    """A folder's weights under our names, in float32. Raises UserError if they are damaged or would run code."""
     found = {}
     if paths := sorted(folder.glob("*.safetensors")):
         from safetensors import SafetensorError
@@ -91,7 +95,7 @@ def read_gpt2_weights(folder: Path) -> dict[str, Tensor]:
     else:
         path = folder / "pytorch_model.bin"
         try:
-            with warnings.catch_warnings():  # of pickle versions that torch does not write
+            with warnings.catch_warnings():  # about pickle protocols that torch does not write
                 warnings.simplefilter("ignore")
                 found = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:

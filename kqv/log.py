@@ -11,25 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from kqv.errors import UserError, discard_output
-from kqv.rundir import MEASURED, read_config, read_metrics, write_whole
+from kqv.rundir import BAD_BATCH, CONFIG, MEASURED, METRICS, read_config, read_metrics, write_whole
 
 
 @dataclass
 class Pace:
-    """What an iteration is, to tell speed from seconds."""
+    """The work of one iteration, from which its speed follows."""
 
     tokens_per_iter: int
     flops_per_iter: float  # on one device
     peak_flops: float | None  # of one device, per second; None if unknown: no MFU rather than a wrong one
 
     def speed(self, seconds: float) -> dict[str, float]:
-        """Tokens per second, and the share of the peak that is reached (MFU), of an iteration of so many seconds."""
+        """Tokens per second, and the share of the peak that is reached (MFU), of an iteration that took `seconds`."""
         found = {"tokens_per_second": self.tokens_per_iter / seconds}
         return found | ({"mfu": self.flops_per_iter / seconds / self.peak_flops} if self.peak_flops else {})
 
 
 class Clock:
-    """The training clock: seconds spent on steps. Within `with clock:` it stands still, to evaluate, save or draw."""
+    """The training clock: seconds spent on steps. It pauses inside `with clock:`, to evaluate, save or draw."""
 
     def __init__(self, seconds: float, iter_num: int, device: Any):
         self.seconds, self.device, self.started = seconds, device, time.perf_counter()
@@ -39,7 +39,7 @@ class Clock:
         return self.seconds + time.perf_counter() - self.started
 
     def lap(self, iter_num: int) -> float:
-        """Seconds an iteration took, on average since the last lap, which ended at lap_iter."""
+        """Mean seconds of an iteration since the last lap."""
         now = self.read()
         seconds = (now - self.lap_seconds) / (iter_num - self.lap_iter)
         self.lap_seconds, self.lap_iter = now, iter_num
@@ -57,17 +57,17 @@ class Clock:
 
 
 class Log:
-    """One run's record. Only the main process prints and writes.
+    """A run's output: what it prints and records. Only the main process does so.
 
-    On a terminal a progress bar stands below the lines; in a pipe there are the lines alone, as nanoGPT prints them.
+    A terminal gets a progress bar below the lines; a pipe gets the lines alone, as nanoGPT prints them.
     """
 
     def __init__(self, main: bool):
         self.main, self.file, self.wandb, self.progress = main, None, None, None
-        self.unwritten = b""  # lines of metrics.jsonl that a full disk did not take
+        self.unwritten = b""  # lines of metrics.jsonl that could not be written, because the disk was full
         self.disk_full = False
         self.shown = {"loss": "", "val": "", "speed": ""}  # on the bar
-        atexit.register(self.close)  # also after an error or Ctrl-C: the bar must give the terminal back
+        atexit.register(self.close)  # also after an error or Ctrl-C, so that the bar restores the terminal
 
     def say(self, text: str) -> None:
         if not self.main:
@@ -77,34 +77,34 @@ class Log:
                 self.progress.console.print(text, markup=False, highlight=False)
             else:
                 print(text, flush=True)
-        except OSError as error:  # a pipe whose reader has gone, a terminal that is closed, a log on a full disk
+        except OSError as error:  # the reader of a pipe has ended, the terminal is closed, the disk is full
             self.progress = None
             discard_output()
-            with suppress(OSError):  # stderr may go the same way: 2>&1
-                print(f"nobody reads the output any more ({error}); the run goes on", file=sys.stderr)
+            with suppress(OSError):  # with 2>&1 stderr is closed as well
+                print(f"the output cannot be written ({error}); the run continues without it", file=sys.stderr)
 
     def open(
         self, out_dir: Path, settings: dict[str, Any], origin: dict[str, str], iter_num: int, facts: dict[str, Any]
     ) -> dict[str, Any]:
-        """Begin metrics.jsonl and config.json; of an earlier record, what came before iter_num stays.
+        """Write config.json and open metrics.jsonl; of an earlier record, the lines before iter_num are kept.
 
-        `facts` go into config.json as they are; if a run is resumed, its earlier "environment"s are kept in "earlier".
-        Returns what was already measured on the weights of iter_num, which the new record of it is to hold too.
+        `facts` become entries of config.json. A resumed run keeps its previous "environment"s in "earlier". Returns
+        the losses that were measured on the weights of iter_num, which its new line must hold too.
         """
         if not self.main:
             return {}
-        path = out_dir / "metrics.jsonl"
+        path = out_dir / METRICS
         earlier, damaged = read_metrics(path) if iter_num and path.is_file() else ([], [])
-        if damaged:  # no reason to lose the run as well
-            self.say(f"{path}: left out {len(damaged)} damaged lines, the first is line {damaged[0]}")
+        if damaged:
+            self.say(f"{path}: ignored {len(damaged)} damaged lines, the first is line {damaged[0]}")
         kept = [record for record in earlier if record["iter"] < iter_num]
         write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
         contents = {"config": settings, "origin": origin} | facts
         with suppress(UserError):  # damaged as well
-            before = read_config(out_dir / "config.json") if iter_num else {}
+            before = read_config(out_dir / CONFIG) if iter_num else {}
             if "environment" in before:
                 contents["earlier"] = [*before.get("earlier", []), before["environment"]]
-        write_whole(out_dir / "config.json", json.dumps(contents, indent=2) + "\n")
+        write_whole(out_dir / CONFIG, json.dumps(contents, indent=2) + "\n")
         self.file = path.open("ab", buffering=0)
         at_start = [record for record in earlier if record["iter"] == iter_num]
         return {key: record[key] for record in at_start for key in MEASURED if key in record}
@@ -139,7 +139,7 @@ class Log:
                 project=project, name=name, config=settings, dir=str(out_dir), id=run_id, resume="allow"
             )
         except wandb.errors.Error as error:
-            advice = "--wandb_log=False goes without, WANDB_MODE=offline keeps it here"
+            advice = "--wandb_log=False trains without it, WANDB_MODE=offline keeps its data here"
             raise UserError(f"wandb_log: {error}; {advice}") from None
         return self.wandb.id
 
@@ -150,9 +150,9 @@ class Log:
             self.unwritten += json.dumps(numbers).encode() + b"\n"
             try:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
-            except OSError as error:  # a disk that is full now may not be later
+            except OSError as error:  # a full disk may have room later
                 if not self.disk_full:
-                    self.say(f"NOT RECORDED at iteration {metrics['iter']}: {error}; the run goes on")
+                    self.say(f"NOT RECORDED at iteration {metrics['iter']}: {error}; the run continues")
                 self.disk_full = True
             else:
                 self.disk_full = False
@@ -186,7 +186,7 @@ class Log:
 
     def bad_batch(self, out_dir: Path, culprits: dict[str, Any], total: int) -> None:
         """Report that a step was skipped because its loss or gradient is not finite, and record its sequences."""
-        path = out_dir / "bad_batch.json"
+        path = out_dir / BAD_BATCH
         if self.main:
             write_whole(path, json.dumps(culprits, indent=2) + "\n")
         reason = f"SKIPPED, its loss or gradient is not finite ({total} in all)"

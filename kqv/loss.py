@@ -1,7 +1,7 @@
-"""The loss of a model's predictions, in chunks if its vocabulary is large.
+"""The training loss; for large vocabularies it is computed in chunks of predictions.
 
-The logits, (B*T, V), of a large vocabulary would be the largest tensor of a step by far; here they never exist as a
-whole. N below is B*T, the number of predictions.
+With a large vocabulary the logits, (B*T, V), would be by far the largest tensor of a step. In chunks they never exist
+as a whole. N below is B*T, the number of predictions.
 """
 
 import math
@@ -11,24 +11,24 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-LARGE_VOCAB = 4096  # on CPUs chunks are a quarter faster from here on, as fast at 1000, slower at 65: dev/LOG.md
+LARGE_VOCAB = 4096  # on CPUs chunks are a quarter faster at this size, as fast at 1000, slower at 65: dev/LOG.md
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """F.cross_entropy(x @ weight.T, targets, ignore_index=-1), a chunk of rows at a time; N is B*T.
 
-    The gradients are made along with the loss, while a chunk's logits are there, so that each is computed once only;
-    backward multiplies them by what comes from above. (torch's own, new in 2.13, does not follow autocast.)
+    forward also computes the gradients, while a chunk's logits exist, so that logits are computed only once; backward
+    scales them by the incoming gradient. (PyTorch 2.13 has such a function, but it ignores autocast.)
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, training: bool) -> Tensor:
-        rows = min(len(x), max(512, math.ceil(len(x) / 8)))  # fewer would leave matrix products too small
+        rows = min(len(x), max(512, math.ceil(len(x) / 8)))  # smaller matrix products would be slower
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         exact = torch.promote_types(dtype, torch.float32)  # of the softmax
         head, loss = weight.to(dtype), x.new_zeros((), dtype=exact)
-        logits = head.new_empty(rows, len(head))  # (n, V) of each chunk in turn: fresh memory is slow to write to
+        logits = head.new_empty(rows, len(head))  # (n, V), reused by each chunk: new memory is slow to write to
         if training:
             grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         for start in range(0, len(x), rows):
@@ -48,7 +48,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(p.t(), part)  # (V, n) @ (n, C)
                 else:
                     grad_weight += p.t() @ part
-            del p  # before there is the next
+            del p  # before the next chunk allocates its own
         n = (targets != -1).sum()
         if training:
             ctx.save_for_backward(grad_x, grad_weight, n)
@@ -63,8 +63,11 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class TiedEmbedding(torch.autograd.Function):
-    """weight[idx], and the weight again, as the head's. One function for both lets backward add the embedding's
-    gradient to the head's in place; autograd would build a second (V, C), mostly zeros, and add the two."""
+    """weight[idx] (B, T, C), and weight (V, C) for the head: one function for both uses of a tied weight.
+
+    So backward adds the embedding's gradient to the head's in place. Autograd would build a second (V, C), mostly
+    zeros, and add the two.
+    """
 
     @staticmethod
     def forward(ctx, idx: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,16 +78,16 @@ class TiedEmbedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor, grad_weight: Tensor) -> tuple[None, Tensor]:
         idx, grad = ctx.saved_tensors[0].flatten(), grad.flatten(0, 1).type_as(grad_weight)  # (N), (N, C)
-        # threads add in any order, so sums round differently each time: in index_put_ on CPUs, in index_add_ on GPUs
+        # deterministic on either device: index_put_ on CPUs, and index_add_ on GPUs, let threads add in any order
         if grad.is_cuda:
             return None, grad_weight.index_put_((idx,), grad, accumulate=True)
         return None, grad_weight.index_add_(0, idx, grad)
 
 
 class NextTokenLoss(nn.Module):
-    """What training and evaluation run: a GPT with its loss. (idx, targets), (B, T) each -> mean loss in nats.
+    """A GPT with its loss, for training and evaluation: (idx, targets), (B, T) each -> mean loss in nats.
 
-    The numbers are those of GPT.forward; a large vocabulary takes less memory and time.
+    The loss is that of GPT.forward; with a large vocabulary it takes less memory and time.
     """
 
     def __init__(self, model: nn.Module):
@@ -94,7 +97,7 @@ class NextTokenLoss(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
         model = self.model
         if model.config.vocab_size < LARGE_VOCAB:
-            return model(idx, targets)[1]  # a name for the logits, (B, T, V), would keep them alive
+            return model(idx, targets)[1]  # without a name for the logits, (B, T, V), which would keep them alive
         head = model.lm_head.weight  # (V, C)
         if model.config.tie_embeddings:
             x, head = TiedEmbedding.apply(idx, head)  # (B, T, C), (V, C)

@@ -1,4 +1,4 @@
-"""The machine at hand: which device and dtype to compute in, what a GPU of some name can do, what CPU this is."""
+"""The machine: device and dtype to compute with, peak speed and memory of GPUs by name, the CPU, its environment."""
 
 import os
 import platform
@@ -16,9 +16,12 @@ from kqv.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-# Dense peak of the tensor cores in TFLOP/s at bfloat16 (float16 where there is no bfloat16), and memory in GB (the
-# smaller, where a device is sold with two), from the vendors' data sheets. A device's name is matched from the first
-# line down. Unknown devices get no MFU rather than a wrong one.
+# How often an idle thread of PyTorch looks for work before it sleeps. Without a limit, two programs on the same cores
+# run at a 25th of their speed; with this limit at a third, and one program alone is as fast as before (dev/LOG.md)
+SPIN_COUNT = "100000"
+# Dense peak of the tensor cores in TFLOP/s at bfloat16 (float16 if the device lacks bfloat16), and memory in GB (the
+# smaller, if a device is sold with two sizes), from the vendors' data sheets. The first line that matches a device's
+# name counts. Unknown devices get no MFU rather than a wrong one.
 GPUS = {
     "B200": (2250, 180),
     "H200": (989, 141),
@@ -43,16 +46,22 @@ GPUS = {
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
-    """FLOP/s that a device of this name could reach in a 16-bit dtype; None where that is not known."""
+    """Peak FLOP/s of a device of this name in a 16-bit dtype; None if unknown, or in float32."""
     for name, (tflops, _) in GPUS.items():
-        # whole words, and not the other chips that are sold under a longer name
+        # whole words only, and no longer names, which are other chips
         if dtype != "float32" and re.search(rf"\b{name}\b(?! (Ti|SUPER|Laptop|NVL))", device_name):
             return tflops * 1e12
     return None
 
 
+def limit_spinning() -> None:
+    """Let idle threads of GNU OpenMP, which PyTorch uses on Linux, sleep soon. Works before torch is imported."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+
+
 def resolve_device(device: str, local_rank: int = 0) -> "torch.device":
-    """The device that was asked for, or for "auto" the best there is. UserError where this machine lacks it."""
+    """The device by its name; "auto" is CUDA, else MPS, else the CPU. Raises UserError if this machine lacks it."""
     import torch
 
     if device == "auto":
@@ -72,7 +81,7 @@ def resolve_device(device: str, local_rank: int = 0) -> "torch.device":
 
 
 def resolve_dtype(dtype: str, device: "torch.device") -> "torch.dtype":
-    """The compute type that was asked for, or for "auto" the fastest that trains as well as float32."""
+    """The compute type by its name; "auto" is the fastest that trains as well as float32."""
     import torch
 
     if dtype == "auto":
@@ -90,30 +99,30 @@ def device_name(device: "torch.device") -> str:
 
 
 def has_nvidia_driver() -> bool:
-    """Whether an NVIDIA GPU is likely here: answered without importing torch."""
+    """Whether an NVIDIA driver is installed, found without importing torch."""
     return shutil.which("nvidia-smi") is not None
 
 
 def cpuinfo(path: Path = Path("/proc/cpuinfo")) -> str:
-    """What Linux says of the CPUs; elsewhere nothing."""
+    """Linux's description of the CPUs; empty on other systems."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def cpu_name() -> str:
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo(), re.MULTILINE)  # platform.processor() knows nothing there
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo(), re.MULTILINE)  # platform.processor() is empty on Linux
     return found[1] if found else platform.processor() or platform.machine()
 
 
 def cpu_words() -> set[str]:
-    """The CPU's vendor ("AuthenticAMD") and instructions ("avx2"), among other words; none where Linux does not say."""
+    """The words of cpuinfo(), among them the CPU's vendor ("AuthenticAMD") and instructions ("avx2")."""
     return set(cpuinfo().split())
 
 
 def cpu_likes_bfloat16() -> bool:
-    """Whether this CPU multiplies 16-bit matrices faster than float32 ones, and so trains faster with them.
+    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones. Returns False if unknown.
 
-    With AMX, or on AMD's with AVX512-BF16 (Zen 4: by report 1.4 to 1.8 times the speed). Not on Intel's that have only
-    the latter, where such products took twice as long (dev/LOG.md); where there is no telling, no.
+    Intel CPUs with AMX do, and AMD CPUs with AVX512-BF16 (Zen 4: by report 1.4 to 1.8 times as fast). Intel CPUs with
+    only AVX512-BF16 take twice as long (dev/LOG.md).
     """
     words = cpu_words()
     return "amx_bf16" in words or {"AuthenticAMD", "avx512_bf16"} <= words
@@ -127,14 +136,14 @@ def ram_bytes() -> int | None:
 
 
 def describe_environment(device_name: str) -> dict[str, Any]:
-    """What a run's speed and numbers depend on besides its settings, in plain JSON values; None: not known here.
+    """What a run's speed and numbers depend on besides its settings, in plain JSON values; None if unknown.
 
-    "commit" and "dirty" (tracked files differ from the commit) are of the code; "ram_bytes" is all of the machine's.
+    "dirty" is whether tracked files differ from "commit"; "ram_bytes" is the memory of the whole machine.
     """
     import numpy as np
     import torch
 
-    tracked = git("ls-files", "--", "model.py")  # else the folder only lies inside somebody's other repository
+    tracked = git("ls-files", "--", "model.py")  # empty if the code lies inside another project's repository
     changes = git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no") if tracked else None
     return {
         "started": utc_now(),
@@ -154,7 +163,7 @@ def describe_environment(device_name: str) -> dict[str, Any]:
 
 
 def git(*arguments: str) -> str | None:
-    """What git says about the project; None where there is no git, or no repository."""
+    """The output of a git command in the checkout; None if there is no git or no repository."""
     try:
         command = ["git", "-C", str(ROOT), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10)

@@ -1,6 +1,4 @@
-"""How bench.py measures: processes of their own, their time and peak memory, runs in turn and their medians, and what
-this machine can do at best.
-"""
+"""How bench.py measures: time and peak memory of child processes, sides in turn, medians, and the machine's limits."""
 
 import json
 import math
@@ -25,10 +23,10 @@ from kqv.machine import cpu_name, resolve_device
 
 @dataclass
 class Measured:
-    """What one process did; `value` is what a row compares, `found` what a function returned in it."""
+    """The result of one process; `value` is the number to compare, `found` the dict that its function returned."""
 
     output: str
-    arrived: list[float]  # when each line of it came, in seconds from the start
+    arrived: list[float]  # seconds from the start to each line of the output
     seconds: float  # of the whole process
     rss_mb: float  # at its peak
     value: float = math.nan
@@ -36,11 +34,11 @@ class Measured:
 
 
 def run(name: str, command: list[Any], cwd: Any, whole_tree: bool = False, **environment: str) -> Measured:
-    """Run a command to its end. UserError with the last line of its stderr where it fails.
+    """Run a command to its end. If it fails, raises UserError with the last line of its stderr.
 
-    Peak memory is the process's own; with `whole_tree`, where there is a /proc, that of all it starts as well.
+    Peak memory is the process's own; with `whole_tree`, on systems with /proc, that of its children too.
     """
-    # without the first, the peer's checkout would get a __pycache__; without the second, lines would not come at once
+    # the first keeps __pycache__ out of the peer's checkout, the second makes lines arrive at once
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"} | environment
     lines, arrived = [], []
     with tempfile.TemporaryFile() as err:
@@ -71,11 +69,11 @@ def run(name: str, command: list[Any], cwd: Any, whole_tree: bool = False, **env
 
 
 def sample_memory(pid: int, ended: threading.Event, samples: list[int]) -> None:
-    """Every quarter of a second: what a process and its descendants hold, a shared page counted once (PSS)."""
+    """Append, every quarter of a second, the memory of a process and its descendants; shared pages count once (PSS)."""
     while not ended.wait(0.25):
         total, family = 0, [pid]
         for member in family:  # grows on the way
-            with suppress(OSError):  # it has ended, or there is no /proc
+            with suppress(OSError):  # the process has ended, or the system has no /proc
                 for task in Path(f"/proc/{member}/task").iterdir():
                     family += map(int, (task / "children").read_text(encoding="utf-8").split())
                 rollup = Path(f"/proc/{member}/smaps_rollup").read_text(encoding="utf-8")
@@ -85,7 +83,7 @@ def sample_memory(pid: int, ended: threading.Event, samples: list[int]) -> None:
 
 
 def call(name: str, function: Callable[..., dict], cwd: Path, whole_tree: bool = False, **arguments: Any) -> Measured:
-    """Run one of our functions in a process of its own: its dict is `found`, and "value" in it the value."""
+    """Run one of our functions in a child process: `found` is the dict it returns, `value` its "value"."""
     code = "import sys, json; sys.path.insert(0, sys.argv[1]); "
     code += f"from {function.__module__} import {function.__name__} as function; "
     code += "print(json.dumps(function(**json.loads(sys.argv[2]))))"
@@ -96,7 +94,7 @@ def call(name: str, function: Callable[..., dict], cwd: Path, whole_tree: bool =
 
 
 def in_turn(repeats: int, name: str, *sides: Callable[[int], Measured] | None) -> list[list[Measured]]:
-    """Run the sides A B A B ..., and say what came of it; a side that is None has no results."""
+    """Run the sides in turn, A B A B ..., and print each result; a side that is None has no results."""
     results = [[] for _ in sides]
     for repeat in range(repeats):
         for side, measured in zip(sides, results, strict=True):
@@ -115,9 +113,9 @@ def row(
     peer_share: Callable[[float], float] | None = None,
     ratio: float | None = None,
 ) -> dict[str, Any]:
-    """A result: medians, and their ratio (or the one given, where there is no peer), above 1 where ours is better.
+    """A result: medians, and their ratio, above 1 if ours is better. Without a peer, `ratio` is taken as given.
 
-    `what`: task, size, device, unit. `share`: from a value to the part of `limit` that it is; `peer_share`: the peer's.
+    `what`: task, size, device, unit. `share` maps a value to its share of `limit`; `peer_share` does so for the peer.
     """
     task, size, device, unit = what
     a, b = (statistics.median(m.value for m in side) if side else None for side in (ours, peer))
@@ -141,7 +139,7 @@ def row(
     }
 
 
-# -- what the machine can do -------------------------------------------------------------------------------------------
+# -- the machine's limits ----------------------------------------------------------------------------------------------
 
 
 def limits(device: str) -> dict[str, Any]:
@@ -150,7 +148,7 @@ def limits(device: str) -> dict[str, Any]:
 
     def fastest(work: Callable[[], Any]) -> float:
         best = math.inf
-        calls = 1 if device.type == "cpu" else 20  # a GPU's are short beside starting one and waiting for it
+        calls = 1 if device.type == "cpu" else 20  # one call on a GPU is short compared with launching it
         for _ in range(10):
             started = time.perf_counter()
             for _ in range(calls):
@@ -161,15 +159,15 @@ def limits(device: str) -> dict[str, Any]:
         return best
 
     device = resolve_device(device)
-    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # as train.py has it
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # as in train.py
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     found = {"device": device.type, "name": name, "threads": torch.get_num_threads()}
     n = 2048 if device.type == "cpu" else 8192
-    # a CPU without the instructions takes a minute for one of these products, and nobody would compute so
+    # a CPU without bfloat16 instructions takes a minute for one of these products
     onednn = torch.backends.mkldnn.is_available()
     bfloat16 = device.type != "cpu" or (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     for dtype in ("float32", "bfloat16") if bfloat16 else ("float32",):
         a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
         found[dtype] = 2 * n**3 / fastest(lambda a=a, b=b: a @ b)
-    x, v = torch.ones(2**13, 2**14, device=device), torch.ones(2**14, device=device)  # 0.5 GB: more than caches hold
+    x, v = torch.ones(2**13, 2**14, device=device), torch.ones(2**14, device=device)  # 0.5 GB, larger than caches
     return found | {"read": 4 * x.numel() / min(fastest(x.sum), fastest(lambda: x @ v))}

@@ -15,9 +15,9 @@ from kqv.settings import TrainConfig
 def adamw(
     parameters: Iterable[Tensor], learning_rate: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101), fused, in nanoGPT's two groups: matrices and embeddings decay, gains and biases do not.
+    """Fused AdamW (arXiv:1711.05101) in two groups: matrices and embeddings decay, gains and biases do not.
 
-    The order of groups and parameters is nanoGPT's too, so that its optimizer states load.
+    Groups and parameters are in nanoGPT's order, so that its optimizer states load.
     """
     trained = [p for p in parameters if p.requires_grad]
     groups = [
@@ -28,18 +28,18 @@ def adamw(
 
 
 def split_for_muon(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The blocks' matrices, for Muon; for AdamW the rest: embeddings, head, short convolutions, gains and biases."""
+    """The blocks' matrices, for Muon; and the rest (embeddings, head, short convolutions, gains, biases), for AdamW."""
     matrices = [parameter for parameter in model.transformer.h.parameters() if parameter.dim() == 2]
     chosen = set(matrices)
     return matrices, [parameter for parameter in model.parameters() if parameter not in chosen]
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal, so that all directions of a matrix learn alike, rare ones too.
+    """Momentum SGD with an orthogonalised update, so that a matrix learns rare directions as fast as frequent ones.
 
-    Jordan et al. 2024, kellerjordan.github.io/posts/muon; as torch.optim.Muon, but with the Polar Express's
-    coefficients, with matrices of one shape taken together, in `dtype`, and with found_inf set to 1 a step changes
-    nothing, as with the fused AdamW.
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon. Differs from torch.optim.Muon in three ways: the coefficients
+    are the Polar Express's, matrices of one shape are updated together in `dtype`, and with found_inf = 1 a step
+    changes nothing, as with fused AdamW.
     """
 
     found_inf: Tensor | None = None
@@ -63,19 +63,19 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(matrix)
                 buffer = state["momentum_buffer"]
-                if bad is not None:  # on a bad step nothing changes; no waiting for the device to know
+                if bad is not None:  # a bad step changes nothing; decided on the device, without waiting for it
                     gradient = torch.where(bad, buffer, gradient)
                 buffer.lerp_(gradient, 1 - momentum)
-                updates.append(gradient.lerp(buffer, momentum))  # Nesterov's look ahead
-            updates = torch.stack(updates)  # (n, rows, columns); the list is let go before more memory is needed
+                updates.append(gradient.lerp(buffer, momentum))  # Nesterov momentum
+            updates = torch.stack(updates)  # (n, rows, columns); frees the list before more memory is needed
             updates = orthogonalize(updates, self.dtype)
             updates *= -lr * math.sqrt(max(1, updates.size(1) / updates.size(2)))
             for matrix, update in zip(matrices, updates, strict=True):
                 matrix.mul_(kept).add_(update)
 
 
-# (a, b, c) of each step of the Polar Express (Amsel et al. 2025, arXiv:2505.16932): together they take singular values
-# from 0.001 to 1 as near to 1 as four such steps can, to between 0.4 and 1.6. SAFETY: rounding may push some above 1
+# (a, b, c) of each step of the Polar Express (Amsel et al. 2025, arXiv:2505.16932). Together they map singular values
+# from [0.001, 1] into [0.4, 1.6], as near to 1 as four steps can. SAFETY: rounding may push a singular value above 1
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -86,9 +86,9 @@ SAFETY = 1.01
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Set all singular values of each matrix (n, rows, columns) to about 1, without computing them.
+    """Replace the singular values of each matrix (n, rows, columns) by about 1, without computing them.
 
-    Each step applies p(x) = a x + b x^3 + c x^5 to all of them at once, by matrix products alone.
+    Each step applies p(x) = a x + b x^3 + c x^5 to all singular values at once, by matrix products alone.
     """
     tall = matrices.size(1) > matrices.size(2)
     x = (matrices.mT if tall else matrices).to(dtype)
@@ -101,7 +101,7 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def make_optimizers(model: nn.Module, cfg: TrainConfig, product_dtype: torch.dtype) -> dict[str, torch.optim.Optimizer]:
-    """AdamW, and if asked for Muon for the blocks' matrices, by their names in a checkpoint."""
+    """AdamW, and with optimizer=muon also Muon for the blocks' matrices, by their names in a checkpoint."""
     matrices, rest = split_for_muon(model) if cfg.optimizer == "muon" else ([], model.parameters())
     optimizers = {"optimizer": adamw(rest, cfg.learning_rate, (cfg.beta1, cfg.beta2), cfg.weight_decay)}
     if matrices:
@@ -117,7 +117,7 @@ def learning_rates(optimizers: dict[str, torch.optim.Optimizer]) -> list[float]:
 def set_learning_rates(
     optimizers: dict[str, torch.optim.Optimizer], peaks: list[float], lr: float, peak: float
 ) -> None:
-    """Give each group the share of its own peak that `lr` is of `peak`, so that all follow AdamW's schedule."""
+    """Set each group's rate to its own peak times lr / peak, so that all groups follow one schedule."""
     groups = (group for optimizer in optimizers.values() for group in optimizer.param_groups)
     for group, peak_of_group in zip(groups, peaks, strict=True):
         group["lr"] = peak_of_group * lr / peak if peak else 0.0
@@ -126,7 +126,7 @@ def set_learning_rates(
 def load_states(
     optimizers: dict[str, torch.optim.Optimizer], scaler: torch.amp.GradScaler, saved: dict[str, Any]
 ) -> None:
-    """Continue from the states in a checkpoint. Raises UserError if they are damaged, or of another model."""
+    """Load the states in a checkpoint. Raises UserError if they are damaged, or of another model."""
     for name, optimizer in optimizers.items():
         load_state(optimizer, saved.get(name, {}))
     if scaler.is_enabled() and saved.get("scaler"):
@@ -134,9 +134,9 @@ def load_states(
 
 
 def load_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Continue from a saved state: its moments, but the settings (betas, decay, ...) that this run asked for.
+    """Load a saved state's moments; settings (betas, decay, ...) stay those of this run.
 
-    Moments of position embeddings longer than the model's, which crop_block_size has shortened, are cut to fit.
+    Moments of position embeddings that crop_block_size has shortened are cut to fit.
     """
     current = optimizer.state_dict()["param_groups"]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -165,10 +165,10 @@ def learning_rate_at(
     schedule: str = "cosine",
     decay_fraction: float = 1.0,
 ) -> float:
-    """Linear warm-up, then down to min_lr at lr_decay_iters, then min_lr.
+    """The learning rate of an iteration: linear warm-up, decay to min_lr at lr_decay_iters, then min_lr.
 
-    cosine: along half a cosine (arXiv:1608.03983). wsd (warm-up, stable, decay; arXiv:2404.06395): at its peak until
-    the last decay_fraction of lr_decay_iters, then along a line.
+    cosine: decay along half a cosine (arXiv:1608.03983). wsd (warm-up, stable, decay; arXiv:2404.06395): at the peak
+    until the last decay_fraction of lr_decay_iters, then linear.
     """
     if iter_num < warmup_iters:
         return learning_rate * (iter_num + 1) / (warmup_iters + 1)

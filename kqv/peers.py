@@ -1,6 +1,6 @@
-"""What bench.py runs in processes of their own: the same work with our model.py, a nanoGPT checkout's, transformers.
+"""The work that bench.py runs in child processes: with our model.py, with nanoGPT's, with transformers.
 
-Each function returns a dict that JSON can hold. This module is imported without torch.
+Most functions return a dict that JSON can hold. Importing this module does not import torch.
 """
 
 import importlib.util
@@ -28,15 +28,15 @@ def load_model_file(folder: str) -> ModuleType:
     """The model.py of a checkout, ours or nanoGPT's: both have GPT and GPTConfig."""
     spec = importlib.util.spec_from_file_location("model", Path(folder) / "model.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["model"] = module  # dataclasses look their module up
+    sys.modules["model"] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
 
 def count_model(settings: dict[str, Any], vocab_size: int, padded: bool) -> dict[str, int]:
-    """FLOPs of a training iteration, and the weights in matrix products, of our model with a TrainConfig's settings.
+    """FLOPs of a training iteration, and the number of weights in matrix products, for a TrainConfig's settings.
 
-    If `padded`, its vocabulary is rounded up as in training.
+    If `padded`, the vocabulary is rounded up as in training.
     """
     from kqv.build import empty_model, model_config
     from kqv.data import padded_vocab_size
@@ -54,14 +54,12 @@ def count_model(settings: dict[str, Any], vocab_size: int, padded: bool) -> dict
 def write_tokens(
     side: str, shape: dict[str, int], dtype: str, device: str, batch: int, greedy: bool, quantize: str | None = None
 ) -> dict[str, Any]:
-    """Time how a model with random weights generates. `side`: hf, or a folder with a model.py, ours or nanoGPT's."""
+    """Tokens per second that a model with random weights generates. `side`: hf, or the folder of a model.py."""
     import torch
-
-    from kqv.quantized import pack
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # as sample.py, for all sides
     torch.manual_seed(1337)
-    prompt = torch.randint(shape["vocab_size"], (1, PROMPT), device=device)  # which all samples of a batch share
+    prompt = torch.randint(shape["vocab_size"], (1, PROMPT), device=device)  # shared by all samples of a batch
     ours, keys = side == str(ROOT), {"temperature": 0.0} if greedy else {"temperature": 0.8, "top_k": 200}
     if side == "hf":
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -89,9 +87,9 @@ def write_tokens(
 
 
 def time_tokens(dtype: str, device: str) -> dict[str, float]:
-    """Milliseconds a token with a context of T = 256: "early" from token 100 on, "value" from token 4 T on.
+    """Milliseconds per token with a context of T = 256: "early" from token 100 on, "value" from token 4 T on.
 
-    Both are means over T / 2 tokens: past T that holds exactly one refill of the cache.
+    Both are means over T / 2 tokens, which past T contain exactly one refill of the cache.
     """
     import torch
 
@@ -113,9 +111,9 @@ def time_tokens(dtype: str, device: str) -> dict[str, float]:
 
 
 def write_documents(path: str | None, jsonl: Path, megabytes: int) -> int:
-    """A file, the files of a folder, or of Python's library, cut into documents, again and again; how many there are.
+    """Write `megabytes` of documents, repeated as needed, from a file, a folder, or Python's library; returns how many.
 
-    UserError where there is no text.
+    Raises UserError if there is no text.
     """
     folder, written, count = Path(path or sysconfig.get_path("stdlib")), 0, 0
     files = [folder] if folder.is_file() else sorted(folder.rglob("*" if path else "*.py"))
@@ -140,13 +138,13 @@ def save_arrow(jsonl: str, folder: str) -> dict:
 
 
 def run_openwebtext(script: str, folder: str, workers: int) -> dict:
-    """nanoGPT's data/openwebtext/prepare.py, on our documents in place of those it would download."""
+    """Run nanoGPT's data/openwebtext/prepare.py on our documents instead of its download."""
     import datasets
 
     split, tokenize = datasets.Dataset.train_test_split, datasets.DatasetDict.map
-    datasets.disable_caching()  # else the second run would find the tokens of the first
+    datasets.disable_caching()  # else the second run would reuse the tokens of the first
     datasets.load_dataset = lambda *_, **__: {"train": datasets.load_from_disk(folder)}
-    # it writes a split in 1024 parts, so it fails where a split has fewer documents
+    # it writes each split in 1024 parts, and fails if a split has fewer documents
     datasets.Dataset.train_test_split = lambda self, **keys: split(self, **keys | {"test_size": 1024})
     datasets.DatasetDict.map = lambda self, *args, **keys: tokenize(self, *args, **keys | {"num_proc": workers})
     runpy.run_path(script, run_name="__main__")

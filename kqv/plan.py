@@ -1,7 +1,7 @@
-"""What a run will take, before it runs: `python train.py CONFIG.py --plan --plan_device=h100`.
+"""Memory and time of a run before it runs: `python train.py CONFIG.py --plan --plan_device=h100`.
 
-Parameters, FLOPs and memory are counted by census.py on the model and the step themselves. Nothing is run on the
-device or written.
+census.py counts parameters, FLOPs and memory on the model and the step themselves. Nothing runs on the device, and
+nothing is written.
 """
 
 import re
@@ -21,14 +21,14 @@ from kqv.machine import GPUS, cpu_likes_bfloat16, has_nvidia_driver, peak_flops,
 from kqv.settings import TrainConfig, check_strategy, learning_rate_concerns, micro_steps_of_each
 
 GPT2_TOKENS_PER_STEP = 12 * 1024 * 40  # configs/train_gpt2.py; GPT-3's, for models of 125M to 760M (arXiv:2005.14165)
-ASSUMED_MFU = 0.4  # what compiled training of a GPT reaches of a device's peak is mostly from 0.3 to 0.5
+ASSUMED_MFU = 0.4  # compiled training of a GPT mostly reaches 0.3 to 0.5 of a device's peak
 
 
-# -- what is planned for -----------------------------------------------------------------------------------------------
+# -- data, model and device of the plan --------------------------------------------------------------------------------
 
 
 def data_sizes(cfg: TrainConfig) -> tuple[int, int, int] | None:
-    """Vocabulary, tokens to train on, and tokens of the shortest file of the data set; None if it is not there."""
+    """Vocabulary size, training tokens, and tokens of the shortest file of the data set; None if it does not exist."""
     if not any((root / cfg.data_dir / cfg.dataset).is_dir() for root in (Path(), ROOT)):
         return None
     folder = find_dataset(cfg.data_dir, cfg.dataset)
@@ -38,7 +38,7 @@ def data_sizes(cfg: TrainConfig) -> tuple[int, int, int] | None:
 
 
 def planned_config(config_class: type, cfg: TrainConfig, vocab_size: int) -> Any:
-    """The GPTConfig of the model that make_model would make, if nothing is resumed. Nothing is downloaded."""
+    """The GPTConfig of the model that a new run would train. Downloads nothing."""
     if cfg.init_from in ("scratch", "resume", "auto"):
         return model_config(config_class, cfg, padded_vocab_size(vocab_size))
     settings = gpt2_settings(cfg.init_from)
@@ -48,7 +48,7 @@ def planned_config(config_class: type, cfg: TrainConfig, vocab_size: int) -> Any
 
 
 def find_device(plan_device: str | None, device: str) -> tuple[str, float | None]:
-    """Name of the device to plan for, and its memory in bytes if known: plan_device, or what `device` is here."""
+    """Name of the device to plan for (plan_device, or else `device` on this machine), and its memory if known."""
     if plan_device:
         names = {name.lower().removeprefix("rtx "): name for name in GPUS}
         name = names.get(plan_device.lower().replace("-", " ").replace("_", " ").removeprefix("rtx "))
@@ -58,12 +58,12 @@ def find_device(plan_device: str | None, device: str) -> tuple[str, float | None
     if device != "cpu" and has_nvidia_driver() and torch.cuda.is_available():
         return torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     if device.startswith("cuda"):
-        raise UserError(f"device={device!r}: there is none here; which one is the plan for? --plan_device=h100")
+        raise UserError(f"device={device!r}: this machine has none; name the one to plan for: --plan_device=h100")
     return "cpu", ram_bytes()
 
 
 def find_dtype(dtype: str, device: str) -> str:
-    """The compute type that training takes on a device of this name."""
+    """The compute type of training on a device of this name."""
     if dtype != "auto":
         return dtype
     if re.search("V100|T4", device):
@@ -72,7 +72,7 @@ def find_dtype(dtype: str, device: str) -> str:
 
 
 def concerns(cfg: TrainConfig, n_params: int, data: tuple[int, int, int] | None) -> list[str]:
-    """What looks like a mistake in the settings of a training run, a line each. `data`: see data_sizes."""
+    """Likely mistakes in the settings of a training run, one line each. `data`: see data_sizes."""
     tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     found = []
     finetuning = cfg.init_from not in ("scratch", "resume", "auto")  # takes smaller steps
@@ -90,7 +90,7 @@ def concerns(cfg: TrainConfig, n_params: int, data: tuple[int, int, int] | None)
 
 
 def parameters(model: Any) -> dict[str, int]:
-    """How many weights each part of the model has. What is tied is counted once."""
+    """Number of weights in each part of the model. Tied weights count once."""
     sizes = {}
     for name, parameter in model.named_parameters():
         sizes[part_of_model(name)] = sizes.get(part_of_model(name), 0) + parameter.numel()
@@ -98,10 +98,10 @@ def parameters(model: Any) -> dict[str, int]:
 
 
 def share_out(moments: Moments, sizes: dict[str, int], n_layer: int, world_size: int, sharded: bool) -> Moments:
-    """What one of several processes holds. A plan runs in one process, so this part follows from rules.
+    """Memory of one of several processes. (Derived, not counted: a plan runs in one process.)
 
-    FSDP: a share of weights, gradients and moments; whole are the embeddings and head, the block in use and the next.
-    DDP: all of it, and buckets as large as the gradients.
+    FSDP: a share of weights, gradients and moments, and whole the embeddings, the head, the current block and the next.
+    DDP: everything, and buckets as large as the gradients.
     """
     if world_size == 1:
         return moments
@@ -117,10 +117,10 @@ def share_out(moments: Moments, sizes: dict[str, int], n_layer: int, world_size:
 
 
 def plan(cfg: TrainConfig, config: Any, model_class: type, data: tuple[int, int, int] | None, world_size: int) -> str:
-    """What `world_size` processes that train `config`, a GPTConfig, will take, as text. `data`: see data_sizes.
+    """The plan, as text, of a run of `world_size` processes that train `config`, a GPTConfig. `data`: see data_sizes.
 
-    Planned for cfg.plan_device, a name of machine.GPUS in any case, or else for the device of this machine. Raises
-    UserError if the settings are impossible.
+    The device is cfg.plan_device, a name of machine.GPUS in any case, or else this machine's. Raises UserError if the
+    settings are impossible.
     """
     micro_steps = micro_steps_of_each(world_size, cfg.gradient_accumulation_steps)
     device, available = find_device(cfg.plan_device, cfg.device)
@@ -135,10 +135,10 @@ def plan(cfg: TrainConfig, config: Any, model_class: type, data: tuple[int, int,
     totals = {moment: sum(parts.values()) for moment, parts in moments.items()}
     peak = max(totals.values())
 
-    lines = {"plan": f"{world_size} x {device} in {dtype}; nothing is run or written"}
+    lines = {"plan": f"{world_size} x {device} in {dtype}; nothing runs, nothing is written"}
     by_part = ", ".join(f"{part} {size:,}" for part, size in sizes.items())
     lines["parameters"] = f"{sum(sizes.values()):,}: {by_part}"
-    known = f"{data[1]:,} tokens to train on" if data else "not there, GPT-2's vocabulary is assumed"
+    known = f"{data[1]:,} tokens to train on" if data else "does not exist, GPT-2's vocabulary is assumed"
     lines["data"] = f"{Path(cfg.data_dir) / cfg.dataset}: {known}; vocab_size {config.vocab_size:,}"
     if not cfg.eval_only:
         n_params, state = sum(sizes.values()), moments["evaluation"]
@@ -156,7 +156,7 @@ def plan(cfg: TrainConfig, config: Any, model_class: type, data: tuple[int, int,
 
     warnings = [] if cfg.eval_only else concerns(cfg, sum(sizes.values()), data)
     if cfg.init_from in ("resume", "auto"):
-        warnings.append(f"init_from={cfg.init_from}: these are the settings given, not those of a checkpoint")
+        warnings.append(f"init_from={cfg.init_from}: this plan is for the settings given, not for the checkpoint's")
     if available and peak * (1 if gpu else world_size) > available:
         warnings.append("not enough memory: lower batch_size, and raise gradient_accumulation_steps")
     return "\n".join([f"{name:<18}{line}" for name, line in lines.items()] + [f"warning: {text}" for text in warnings])
@@ -165,7 +165,7 @@ def plan(cfg: TrainConfig, config: Any, model_class: type, data: tuple[int, int,
 def describe_training(
     cfg: TrainConfig, n_params: int, micro_steps: int, world_size: int, data: tuple[int, int, int] | None
 ) -> dict[str, str]:
-    """A step, the run, and how much it learns from."""
+    """The lines about a step, the run, and tokens per weight."""
     tokens_per_step = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     tokens = cfg.max_iters * tokens_per_step
     sequences = f"{cfg.batch_size} sequences of {cfg.block_size:,} x {micro_steps} micro-batches"
@@ -173,14 +173,14 @@ def describe_training(
     return {
         "step": f"{tokens_per_step:,} tokens: {sequences} x {world_size} devices",
         "run": f"{cfg.max_iters:,} steps, {tokens:,} tokens{epochs}",
-        "tokens/weight": f"{tokens / n_params:,.2f}; 20 is the best use of compute (arXiv:2203.15556)",
+        "tokens/weight": f"{tokens / n_params:,.2f}; 20 is compute-optimal (arXiv:2203.15556)",
     }
 
 
 def describe_time(cfg: TrainConfig, flops: float, device: str, dtype: str, world_size: int) -> dict[str, str]:
-    """FLOPs, and the time that they take. `flops`: of a token."""
+    """The lines about FLOPs and time. `flops`: for one token."""
     total = flops * cfg.max_iters * cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
-    time = f"unknown: no peak to go by for {device} in {dtype}; --plan_device=h100 names a device"
+    time = f"unknown, because the peak of {device} in {dtype} is not known; --plan_device=h100 names a device"
     if peak := peak_flops(device, dtype):
         speed = ASSUMED_MFU * world_size * peak  # FLOP/s
         time = f"{timedelta(seconds=round(total / speed))}, {speed / flops:,.0f} tokens/s"

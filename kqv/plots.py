@@ -1,4 +1,4 @@
-"""Drawing runs: their losses over iterations, tokens and time."""
+"""Pictures of runs: losses over iterations, tokens and time."""
 
 import io
 from collections.abc import Callable
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^DvX"
 SMOOTH_FROM = 100  # training losses; fewer are drawn as they are
-CURVE_FROM = 5  # evaluations; a line between fewer would read as if they told of the iterations between them
+CURVE_FROM = 5  # evaluations; fewer are drawn as points, because a line would suggest values between them
 
 
 def refresh_picture(out_dir: Path, say: Callable[[str], None]) -> bool:
-    """Draw loss.png of a run that is going on; returns whether there is a point in trying again.
+    """Draw loss.png of a run in progress. A failure is printed through `say` and does not stop the run.
 
-    A failure is reported through `say`: it is no reason to stop the run.
+    Returns False if trying again is pointless, because matplotlib is missing.
     """
     try:
         write_whole(out_dir / PICTURE, draw([read_run(out_dir)]))
@@ -36,14 +36,14 @@ def refresh_picture(out_dir: Path, say: Callable[[str], None]) -> bool:
 
 
 def draw(runs: list[RunRecord]) -> bytes:
-    """A PNG: one run's losses over iterations; those of several over tokens and, beside that, over time."""
+    """A PNG of the losses: of one run over iterations; of several runs over tokens, and beside that over time."""
     from matplotlib.figure import Figure
 
     alone = len(runs) == 1
     size = (8, 5) if alone else (13, 5.5 + 0.12 * len(runs))  # inches; the legend takes its share
     panels = [("iter", 1, "iteration")]
     if not alone:
-        counted = all(run.records[-1].get("tokens") for run in runs)  # lines that were printed do not count tokens
+        counted = all(run.records[-1].get("tokens") for run in runs)  # printed lines do not contain tokens
         panels = [("tokens", 1e-6, "tokens (millions)")] if counted else panels
         panels.append(("elapsed_seconds", 1 / 60, "training time (minutes)"))
     figure = Figure(size, dpi=150, layout="constrained")  # not pyplot's: nothing global is touched
@@ -64,16 +64,16 @@ def draw(runs: list[RunRecord]) -> bytes:
     columns = 2 if alone or len(runs) > 4 else 1
     legend = figure.legend(lines, labels, title=title, loc="outside lower center", ncols=columns, frameon=False)
     for text in legend.get_texts():
-        text.set_parse_math(False)  # a $ in the name of a run is no formula
+        text.set_parse_math(False)  # so that a $ in a run's name does not start a formula
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()
 
 
 def draw_run(ax: "Axes", run: RunRecord, key: str, unit: float, number: int, alone: bool) -> list["Line2D"]:
-    """One run's curves over `key` times `unit`: training faint, validation with markers, its best point a star.
+    """Draw one run over `key` times `unit`: a thin training curve, validation with markers, a star at its best.
 
-    Returns the lines that the legend explains: both where the run is alone, of several the one of validation.
+    Returns the lines for the legend: both curves of a single run, only validation if there are several runs.
     """
     color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
     train_color = COLORS[1] if alone else color
@@ -102,7 +102,7 @@ def describe_best(run: RunRecord) -> str:
 
 
 def smoothed(losses: list[float]) -> "np.ndarray":
-    """The mean of each loss and its neighbours, a fortieth of the run together; fewer at the ends."""
+    """Moving average over a fortieth of the run; over fewer losses at the ends."""
     import numpy as np
 
     window = np.ones(len(losses) // 40)
@@ -110,7 +110,7 @@ def smoothed(losses: list[float]) -> "np.ndarray":
 
 
 def limits(runs: list[RunRecord]) -> tuple[float, float]:
-    """Limits of the y axis: down to the lowest losses, but not up to the steep fall with which training begins."""
+    """Limits of the y axis, which leave out the steep fall at the start of training."""
     import numpy as np
 
     key = "tokens" if all(run.records[-1].get("tokens") for run in runs) else "iter"
@@ -119,15 +119,15 @@ def limits(runs: list[RunRecord]) -> tuple[float, float]:
     for run in runs:
         for name in ("train_loss", "val_loss"):
             if losses := [record[name] for record in run.having(name)]:
-                # of a run that ends within the fall of the others, its lowest loss at least is to be seen
+                # a run that ends before `start` shows at least its lowest loss
                 late = [record[name] for record in run.having(name) if record[key] >= start] or [min(losses)]
-                low.append(np.percentile(losses, 0.5))  # a few outliers may leave the picture
+                low.append(np.percentile(losses, 0.5))  # a few outliers may lie outside
                 high.append(np.percentile(late, 99))
                 top.append(max(losses))
     if not low:
         return 0.0, 1.0
     bottom, ceiling = min(low), max(high)
-    if max(top) - bottom < 1.5 * (ceiling - bottom):  # little would be won by cutting it off
+    if max(top) - bottom < 1.5 * (ceiling - bottom):  # cutting off would gain little
         ceiling = max(top)
     margin = 0.05 * (ceiling - bottom) or 0.1
     return bottom - margin, ceiling + margin

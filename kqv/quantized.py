@@ -1,7 +1,7 @@
-"""Linear layers that hold their weights as the CPU's fastest kernels read them: to generate with, not to train.
+"""Linear layers for generation on CPUs, whose weights are stored as the fastest kernels read them, also in 8 bits.
 
-Generating reads every weight for every token, so a token takes as long as reading them: fewer bytes (16 bits, 8 bits)
-and kernels that need not arrange them anew are all there is to gain.
+Each new token reads every weight, so reading them is what a token costs. Fewer bytes (16 or 8 bits), and a layout that
+the kernel need not change, are what makes it faster. These layers cannot be trained.
 """
 
 import math
@@ -16,9 +16,9 @@ from kqv.machine import cpu_words
 
 
 class PackedLinear(nn.Module):
-    """The same product by oneDNN, from weights laid out once, which it would otherwise arrange anew for each token.
+    """A linear layer whose weights oneDNN has reordered once; nn.Linear makes it reorder them for each token.
 
-    For a single row of float32 it has nothing to arrange: there `lay_out` False reads the weights as they are.
+    For a single row of float32, oneDNN reads the weights in their own order: lay_out=False.
     """
 
     def __init__(self, linear: nn.Linear, lay_out: bool = True):
@@ -31,14 +31,15 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-# fbgemm adds pairs of products in 16 bits where the CPU has no VNNI instructions: 7 bits of x do not overflow them
+# Without VNNI instructions, fbgemm adds pairs of products in 16 bits, which 7 bits of x do not overflow
 LEVELS = 127 if torch.cpu._is_vnni_supported() else 63
 
 
 class Int8Linear(nn.Module):
-    """The product with weights rounded to 8 bits, one scale for each output, and x to as many, one scale for each row.
+    """A linear layer with weights rounded to 8 bits, with a scale for each output, and x too, with one for each row.
 
-    The 8-bit products add up exactly, so a row is the same alone and in a batch.
+    weight (out, in) is about scale[out] * rounded (out, in). Sums of 8-bit products are exact, so a row gives the same
+    result alone and in a batch.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -47,7 +48,7 @@ class Int8Linear(nn.Module):
         self.scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out)
         rounded = torch.round(weight / self.scale[:, None]).to(torch.int8)  # (out, in)
         zero_points = torch.zeros(len(weight), dtype=torch.int64)
-        with warnings.catch_warnings():  # the kernel's own format is on its way out, the kernel is not
+        with warnings.catch_warnings():  # PyTorch deprecates this tensor format, but not the kernel that reads it
             warnings.simplefilter("ignore")
             packed = torch._make_per_channel_quantized_tensor(rounded, self.scale.double(), zero_points, 0)
         self.packed = torch.ops.quantized.linear_prepack(packed, None)
@@ -62,16 +63,16 @@ class Int8Linear(nn.Module):
 
 
 def pack(model: nn.Module, batch_size: int, quantize: str | None = None) -> None:
-    """Replace the model's linear layers by ones that read their weights faster; the model can then only generate.
+    """Replace the model's linear layers by faster ones, in place; afterwards the model can only generate.
 
-    Without `quantize` the results are the same but for rounding. Nothing changes where nothing is gained: on GPUs, and
-    for a single sample in float32 on Intel's CPUs, where PyTorch already reads as fast as memory can be read. (On AMD's
-    its library for that, MKL, reads half as fast.)
+    Without `quantize` the results are the same up to rounding. The model is left as it is on GPUs, and for a single
+    sample in float32 on Intel CPUs, on which PyTorch already reads as fast as memory allows. (On AMD CPUs its library,
+    MKL, reads half as fast.)
     """
     weight = model.transformer.wte.weight
     if quantize == "int8":
         if weight.device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
-            raise UserError(f"quantize='int8': works on x86 CPUs, not on {weight.device.type} here")
+            raise UserError(f"quantize='int8': works on x86 CPUs, not on this {weight.device.type} device")
         torch.backends.quantized.engine = "fbgemm"
         kind = Int8Linear
     elif weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():

@@ -1,4 +1,4 @@
-"""What a run continues from: the newest checkpoint, its settings, and whether its data are still the same."""
+"""Resuming a run: the newest checkpoint, its settings, and whether the data are still the same."""
 
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -13,14 +13,14 @@ from kqv.errors import UserError
 from kqv.rundir import checkpoints
 from kqv.settings import TrainConfig
 
-# settings of a checkpoint's run that do not carry over: they belong to the launch, the machine and the place
+# settings that a resumed run does not take from the checkpoint: they belong to the launch, the machine and the place
 NOT_RESTORED = {"init_from", "out_dir", "data_dir", "eval_only", "plan", "plan_device", "device", "compile", "backend"}
 NOT_RESTORED |= {"strategy", "allow_other_data", "max_minutes"}
-FREE = ("dropout", "attention", "block_size")  # of the model's settings, those that can change on resume
+FREE = ("dropout", "attention", "block_size")  # the model's settings that can change on resume
 
 
 def load_saved(init_from: str, out_dir: Path, processes: Processes, say: Callable[[str], None]) -> dict | None:
-    """The checkpoint to continue from, if any. The main process reads it, so the others need not see the file."""
+    """The checkpoint to continue from, if any. The main process reads it; the others need no access to the file."""
     saved = None
     if init_from in ("resume", "auto"):
         if processes.main and (init_from == "resume" or checkpoints(out_dir)):
@@ -32,7 +32,7 @@ def load_saved(init_from: str, out_dir: Path, processes: Processes, say: Callabl
 def restore(
     cfg: TrainConfig, origin: dict[str, str], saved: dict[str, Any], but: set[str]
 ) -> tuple[TrainConfig, dict[str, str]]:
-    """The settings with those of `saved` in place of defaults, except for `but`, and where each comes from."""
+    """The settings, with defaults replaced by those of `saved` except for `but`; and the origin of each."""
     hints = get_type_hints(type(cfg))
     keys = [key for key in saved if origin.get(key) == "default" and key not in but]
     values = {key: convert(key, saved[key], hints[key]) for key in keys}
@@ -42,15 +42,15 @@ def restore(
 def restore_settings(
     cfg: TrainConfig, origin: dict[str, str], saved: dict[str, Any], config_class: type, say: Callable[[str], None]
 ) -> tuple[TrainConfig, dict[str, str]]:
-    """The settings of the checkpoint's run, except those given now. The model is the checkpoint's in any case.
+    """The settings of the checkpoint's run, except those given now. The model's are always the checkpoint's.
 
     `config_class` is GPTConfig. Raises UserError if the optimizer is another one.
     """
-    # nanoGPT records a dtype even on CPUs, where it uses none
+    # nanoGPT records a dtype on CPUs too, but does not use it there
     not_restored = NOT_RESTORED if "tokenizer" in saved else NOT_RESTORED | {"dtype"}
     cfg, origin = restore(cfg, origin, saved["config"], but=not_restored)
     if not cfg.eval_only and cfg.optimizer != (before := saved["config"].get("optimizer", "adamw")):
-        raise UserError(f"optimizer={cfg.optimizer!r}: cannot go on from the state of {before} in the checkpoint")
+        raise UserError(f"optimizer={cfg.optimizer!r}: cannot continue from the state of {before} in the checkpoint")
     model_args = {field.name: field.default for field in fields(config_class)} | saved["model_args"]
     for key, value in model_args.items():
         given = origin.get(key, "default") not in ("default", "checkpoint")
@@ -67,7 +67,7 @@ def restore_settings(
 
 
 def check_data(dataset: Dataset, cfg: TrainConfig, saved: dict[str, Any] | None) -> None:
-    """UserError if the data do not fit the model: another tokenizer, or other data without --allow_other_data."""
+    """Raise UserError if the data do not fit the model: another tokenizer, or other data without allow_other_data."""
     tokenizer = dataset.meta["tokenizer"]
     if saved is None:
         if cfg.init_from not in ("scratch", "auto") and tokenizer["kind"] != "gpt2":
@@ -79,7 +79,7 @@ def check_data(dataset: Dataset, cfg: TrainConfig, saved: dict[str, Any] | None)
 
 
 def changed_data(dataset: Dataset, saved: dict[str, Any]) -> str | None:
-    """What is not as in the checkpoint: "tokenizer", "data", or None if neither has changed."""
+    """What differs from the checkpoint: "tokenizer", "data", or None."""
     now = {"tokenizer": dataset.meta["tokenizer"], "data": dataset.fingerprint}
     return next((key for key, value in now.items() if saved.get(key, value) != value), None)
 

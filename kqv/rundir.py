@@ -1,4 +1,4 @@
-"""A run's folder: its files, its lock, what is put aside, its metrics and config read back."""
+"""A run's folder: names of its files, its lock, moving an earlier run aside, reading metrics and config."""
 
 import json
 import os
@@ -25,13 +25,13 @@ def snapshot_name(iter_num: int) -> str:
 
 
 def snapshots(folder: Path) -> dict[int, Path]:
-    """The ckpt-ITERATION.pt of --keep_last by iteration, the latest first; not what somebody calls ckpt-good.pt."""
+    """The ckpt-ITERATION.pt files of --keep_last by iteration, the latest first. Other names are the user's."""
     matches = [(re.fullmatch(r"ckpt-(\d{8,})\.pt", path.name), path) for path in folder.glob("ckpt-*.pt")]
     return dict(sorted(((int(found[1]), path) for found, path in matches if found), reverse=True))
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints there are, the last state first, then its predecessors. (Copying a folder loses their times.)"""
+    """The existing checkpoints, the last state first. (Ordered by name: copying a folder can lose the file times.)"""
     return [path for path in (folder / LAST, *snapshots(folder).values(), folder / BEST) if path.exists()]
 
 
@@ -63,7 +63,7 @@ def put_aside(out_dir: Path) -> Path | None:
 
 
 def check_folder(out_dir: Path) -> None:
-    """UserError if a run cannot write into out_dir because it, or a part of its path, is a file."""
+    """Raise UserError if out_dir, or a part of its path, is a file."""
     for path in (out_dir, *out_dir.parents):
         if path.exists():
             if not path.is_dir():
@@ -72,7 +72,7 @@ def check_folder(out_dir: Path) -> None:
 
 
 def hold(out_dir: Path) -> IO:
-    """Make the folder and keep other runs out of it until the returned file is closed. UserError if one has it."""
+    """Make the folder and lock it until the returned file is closed. Raises UserError if another run holds the lock."""
     out_dir.mkdir(parents=True, exist_ok=True)
     file = (out_dir / ".lock").open("w", encoding="utf-8")
     try:
@@ -96,7 +96,7 @@ class RunRecord:
     name: str
     records: list[dict[str, Any]]
     recorded: dict[str, Any]
-    damaged: list[int]  # numbers of the lines of metrics.jsonl that were left out
+    damaged: list[int]  # line numbers in metrics.jsonl that were ignored
 
     def having(self, key: str) -> list[dict[str, Any]]:
         """The records in which `key` was measured."""
@@ -108,7 +108,7 @@ class RunRecord:
 
 
 def read_run(path: Path) -> RunRecord:
-    """What is recorded in a run's folder, or in a file with the lines that train.py, or nanoGPT's, has printed.
+    """The record in a run's folder, or in a file with the lines that train.py, ours or nanoGPT's, printed.
 
     Raises UserError if there is no record, or if config.json is damaged.
     """
@@ -126,7 +126,7 @@ def read_run(path: Path) -> RunRecord:
 
 
 def printable(text: str) -> str:
-    """`text` without characters that would steer a terminal or cannot be encoded."""
+    """`text` without control characters, which could change a terminal, and without half surrogate pairs."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -139,7 +139,7 @@ def read_printed_lines(path: Path) -> list[dict[str, Any]]:
             record |= {"train_eval_loss": float(step[2]), "val_loss": float(step[3])}
         elif step := re.match(r"iter (\d+): loss ([\d.]+), time ([\d.]+)ms", line):
             iter_num, seconds = int(step[1]), float(step[3]) / 1000
-            began = elapsed + seconds * (iter_num - before - 1)  # those since the last line took as long
+            began = elapsed + seconds * (iter_num - before - 1)  # iterations without a line took as long
             record = records.setdefault(iter_num, {"iter": iter_num})
             record |= {"elapsed_seconds": began, "train_loss": float(step[2])}
             elapsed, before = began + seconds, iter_num
@@ -154,11 +154,11 @@ def is_record(value: Any) -> bool:
         return False
     numbers = [value.get(key) for key in ("iter", "tokens", "elapsed_seconds")]
     numbers += [value[key] for key in ("tokens_per_second", "train_loss", *MEASURED) if value.get(key) is not None]
-    return all(isinstance(number, (int, float)) and abs(number) < 1e300 for number in numbers)  # nor inf, nor nan
+    return all(isinstance(number, (int, float)) and abs(number) < 1e300 for number in numbers)  # not inf, not nan
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The records, and the numbers of damaged lines. A last line that a kill has cut short is left out."""
+    """The records, and the numbers of damaged lines. An incomplete last line, which a kill leaves, is ignored."""
     records, damaged = [], []
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):

@@ -13,15 +13,15 @@ from kqv.errors import UserError
 
 @dataclass(kw_only=True)
 class Machine:
-    device: Annotated[str, "auto | cpu | cuda | cuda:1 | mps; auto takes the best one there is"] = "auto"
+    device: Annotated[str, "auto | cpu | cuda | cuda:1 | mps; auto: cuda, else mps, else cpu"] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        "compute type; float16 trains with a gradient scaler. auto: a 16-bit type where it is faster, not on most CPUs",
+        "compute type; float16 trains with a gradient scaler. auto: 16 bits on GPUs, and on CPUs if faster",
     ] = "auto"
     compile: Annotated[
-        bool | Literal["auto"], "torch.compile; auto: train.py tries it on GPUs, and says so where it falls back"
+        bool | Literal["auto"], "use torch.compile; auto: train.py tries it on GPUs, and goes on without if it fails"
     ] = "auto"
-    seed: Annotated[int, "one number from which all randomness follows"] = 1337
+    seed: Annotated[int, "seed of all randomness"] = 1337
 
 
 @dataclass(kw_only=True)
@@ -30,47 +30,47 @@ class Training:
         "scratch"
     )
     max_iters: Annotated[int, "optimizer steps in all"] = 600000
-    max_minutes: Annotated[float | None, "save and stop after N minutes"] = None
+    max_minutes: Annotated[float | None, "save and stop after N minutes; not kept on resume"] = None
     patience: Annotated[int | None, "stop after N evaluations without a better val_loss"] = None
     max_bad_steps: Annotated[int, "stop after N steps in a row without a finite loss and gradient"] = 10
     eval_only: Annotated[bool, "evaluate once, write nothing and stop"] = False
-    plan: Annotated[bool, "print what the run will take (memory, time, ...) and stop; nothing is run or written"] = (
-        False
-    )
+    plan: Annotated[bool, "print parameters, FLOPs, memory and time of the run, and stop; writes nothing"] = False
     plan_device: Annotated[str | None, "the device to plan for: h100, a100, rtx 4090, ...; None: this machine's"] = None
     strategy: Annotated[
-        Literal["ddp", "fsdp"], "several processes: each has the whole model, or a share of it (FSDP)"
+        Literal["ddp", "fsdp"], "with several processes, each holds the whole model (ddp) or a share of it (fsdp)"
     ] = "ddp"
-    activation_checkpointing: Annotated[bool, "keep fewer activations and compute them again: slower, smaller"] = False
+    activation_checkpointing: Annotated[bool, "recompute activations in the backward pass: less memory, slower"] = False
     backend: Annotated[
-        Literal["auto", "nccl", "gloo", "mpi", "ucc"], "of torch.distributed; auto: nccl on GPUs, gloo on CPUs"
+        Literal["auto", "nccl", "gloo", "mpi", "ucc"], "backend of torch.distributed; auto: nccl on GPUs, gloo on CPUs"
     ] = "auto"
 
 
 @dataclass(kw_only=True)
 class Output:
     out_dir: Annotated[str, "folder for the checkpoints and metrics"] = "out"
-    eval_interval: Annotated[int, "iterations between evaluations, each of which can save"] = 2000
+    eval_interval: Annotated[int, "iterations between evaluations; each can save a checkpoint"] = 2000
     log_interval: Annotated[int, "iterations between logged training losses"] = 1
     eval_iters: Annotated[int, "batches of 12 fixed windows to evaluate on; 0: the whole split"] = 200
     always_save_checkpoint: Annotated[bool, "save ckpt.pt at each evaluation, not only when val_loss improves"] = True
     save_interval: Annotated[int | None, "also save ckpt.pt every N iterations, between evaluations"] = None
     keep_last: Annotated[int, "also keep the last N saves, as ckpt-ITERATION.pt"] = 0
     sample_interval: Annotated[int | None, "write two samples every N iterations, always from the same seeds"] = None
-    save_errors: Annotated[Literal["continue", "stop"], "what to do when a save fails, the last one apart"] = "continue"
+    save_errors: Annotated[Literal["continue", "stop"], "what to do if a save fails before the end of the run"] = (
+        "continue"
+    )
     wandb_log: Annotated[bool, "also log to Weights & Biases"] = False
-    wandb_project: Annotated[str, "its project"] = "owt"
-    wandb_run_name: Annotated[str, "its run name"] = "gpt2"
+    wandb_project: Annotated[str, "project at Weights & Biases"] = "owt"
+    wandb_run_name: Annotated[str, "run name at Weights & Biases"] = "gpt2"
 
 
 @dataclass(kw_only=True)
 class Data:
     dataset: Annotated[str, "the data set: the folder DATA_DIR/DATASET, made by prepare/"] = "openwebtext"
-    data_dir: Annotated[str, "folder of data sets: here, or else beside the code"] = "data"
+    data_dir: Annotated[str, "folder of data sets, in the working directory or else in the checkout"] = "data"
     batch_size: Annotated[int, "sequences in one micro-batch"] = 12
     gradient_accumulation_steps: Annotated[int, "micro-batches in one step, over all processes"] = 5 * 8
     block_size: Annotated[int, "context length, in tokens"] = 1024
-    allow_other_data: Annotated[bool, "resume also on data other than the checkpoint's"] = False
+    allow_other_data: Annotated[bool, "allow resuming on other data than the checkpoint's"] = False
 
 
 @dataclass(kw_only=True)
@@ -80,13 +80,13 @@ class Model:
     n_embd: Annotated[int, "width of the residual stream"] = 768
     dropout: Annotated[float, "0 for pretraining, try 0.1 or more for finetuning and small data"] = 0.0
     bias: Annotated[bool, "biases in the linear and LayerNorm layers, as in GPT-2"] = False
-    position: Annotated[Literal["learned", "sinusoidal", "rope", "none"], "how positions enter"] = "learned"
+    position: Annotated[Literal["learned", "sinusoidal", "rope", "none"], "position encoding"] = "learned"
     norm: Annotated[Literal["layernorm", "rmsnorm"], "normalisation"] = "layernorm"
     mlp: Annotated[Literal["gelu", "gelu_tanh", "relu2", "swiglu"], "activation of the MLP"] = "gelu"
     n_kv_head: Annotated[int | None, "key/value heads, each shared by n_head/n_kv_head queries; None: n_head"] = None
     head_dim: Annotated[int | None, "width of a head; None: n_embd / n_head"] = None
     n_inner: Annotated[int | None, "width inside the MLP; None: 4 n_embd (swiglu: 8/3 n_embd)"] = None
-    qk_norm: Annotated[bool, "normalise queries and keys, in the way of `norm`"] = False
+    qk_norm: Annotated[bool, "normalise queries and keys with `norm`"] = False
     short_conv: Annotated[int, "mix each token with the N before it, twice in each block (Canon layers); 0: off"] = 0
     tie_embeddings: Annotated[bool, "one matrix for the token embedding and the output head"] = True
     rope_theta: Annotated[float, "base of the rotary frequencies"] = 10000.0
@@ -100,18 +100,18 @@ class Optimizer:
     learning_rate: Annotated[float, "peak learning rate (AdamW's)"] = 6e-4
     muon_lr: Annotated[float, "Muon's peak learning rate, which follows the same schedule"] = 0.02
     muon_momentum: Annotated[float, "Muon's momentum"] = 0.95
-    weight_decay: Annotated[float, "weight decay, not on gains and biases"] = 1e-1
+    weight_decay: Annotated[float, "weight decay of matrices and embeddings"] = 1e-1
     beta1: Annotated[float, "AdamW's first beta"] = 0.9
     beta2: Annotated[float, "AdamW's second beta"] = 0.95
-    grad_clip: Annotated[float, "largest gradient norm; larger gradients are scaled down to it; 0: no clipping"] = 1.0
+    grad_clip: Annotated[float, "greatest gradient norm; larger gradients are scaled down; 0: no clipping"] = 1.0
     decay_lr: Annotated[bool, "warm up, then decay; False: constant learning_rate"] = True
     schedule: Annotated[
-        Literal["cosine", "wsd"], "decay along a cosine, or stay at the peak and then decay along a line"
+        Literal["cosine", "wsd"], "decay along a cosine; wsd: stay at the peak, then decay linearly"
     ] = "cosine"
-    decay_fraction: Annotated[float, "wsd: the last part of lr_decay_iters, over which the rate decays"] = 0.5
+    decay_fraction: Annotated[float, "wsd: the share of lr_decay_iters, at its end, in which the rate decays"] = 0.5
     warmup_iters: Annotated[int, "iterations of linear warm-up"] = 2000
-    lr_decay_iters: Annotated[int | None, "where the decay ends; None: max_iters"] = None
-    min_lr: Annotated[float, "learning rate at its end, about learning_rate / 10"] = 6e-5
+    lr_decay_iters: Annotated[int | None, "iteration at which the decay ends; None: max_iters"] = None
+    min_lr: Annotated[float, "learning rate after the decay; about learning_rate / 10"] = 6e-5
 
 
 @dataclass(kw_only=True)
@@ -141,22 +141,20 @@ class TrainConfig(Machine, Training, Optimizer, Model, Data, Output):
 class Sampling:
     init_from: Annotated[str, "resume (the model in out_dir) | gpt2 | gpt2-medium | ... | a GPT-2 folder"] = "resume"
     out_dir: Annotated[str, "folder with the ckpt.pt of train.py or of nanoGPT"] = "out"
-    data_dir: Annotated[str, "where nanoGPT's checkpoints find DATASET/meta.pkl; ours carry their tokenizer"] = "data"
+    data_dir: Annotated[str, "folder of data sets; nanoGPT's checkpoints need DATASET/meta.pkl in it"] = "data"
     start: Annotated[str, 'the prompt: text, "FILE:prompt.txt", or "-" for standard input'] = "\n"
-    num_samples: Annotated[int, "how many samples; sample i is the same however many there are"] = 10
-    max_new_tokens: Annotated[int, "tokens to generate for each"] = 500
-    temperature: Annotated[float, "1: the model's own probabilities, lower: less random, 0: always the likeliest"] = 0.8
+    num_samples: Annotated[int, "number of samples; sample i does not depend on it"] = 10
+    max_new_tokens: Annotated[int, "tokens to generate for each sample"] = 500
+    temperature: Annotated[float, "1: the model's probabilities; lower: less random; 0: always the likeliest"] = 0.8
     top_k: Annotated[int | None, "keep the k likeliest tokens; None: all"] = 200
-    top_p: Annotated[float | None, "keep the likeliest tokens that hold this much probability together"] = None
-    min_p: Annotated[float | None, "drop tokens less likely than this share of the likeliest"] = None
-    repetition_penalty: Annotated[float, "above 1: make tokens that have occurred less likely"] = 1.0
-    stop: Annotated[tuple[str, ...], "end a sample where this text appears; can be given more than once"] = ()
-    stream: Annotated[bool, "print each token as it comes"] = False
-    interactive: Annotated[bool, "ask for prompts, one a line, until end of file"] = False
+    top_p: Annotated[float | None, "keep the likeliest tokens whose probabilities add up to this"] = None
+    min_p: Annotated[float | None, "drop tokens whose probability is below this share of the likeliest one"] = None
+    repetition_penalty: Annotated[float, "above 1: tokens that have occurred become less likely"] = 1.0
+    stop: Annotated[tuple[str, ...], "end a sample at this text; can be given more than once"] = ()
+    stream: Annotated[bool, "print each token as it is generated"] = False
+    interactive: Annotated[bool, "read prompts from standard input, one in each line"] = False
     kv_cache: Annotated[bool, "False: recompute the whole window for each token, as nanoGPT does"] = True
-    quantize: Annotated[Literal["int8"] | None, "int8: 8-bit matrix products, on x86 CPUs: faster, slightly worse"] = (
-        None
-    )
+    quantize: Annotated[Literal["int8"] | None, "int8: 8-bit products on x86 CPUs; faster, slightly less exact"] = None
 
 
 @dataclass(kw_only=True)
@@ -173,7 +171,7 @@ class SampleConfig(Machine, Sampling):
         if self.compile is True and not self.kv_cache:
             raise UserError("compile=True: does not work with kv_cache=False, whose shapes change with each token")
         if "" in self.stop:
-            raise UserError("stop='': no text at all would stop before it began")
+            raise UserError("stop='': must not be empty")
         if not 0.01 <= self.repetition_penalty <= 100:
             raise UserError(f"repetition_penalty={self.repetition_penalty}: must be from 0.01 to 100")
 
@@ -182,7 +180,7 @@ class SampleConfig(Machine, Sampling):
 class Shakespeare:
     """Settings of prepare/shakespeare.py and prepare/shakespeare_char.py."""
 
-    input: Annotated[str | None, "take the text from this file; None: download it"] = None
+    input: Annotated[str | None, "file with the text; None: download it"] = None
     data_dir: Annotated[str, "folder of data sets"] = "data"
 
 
@@ -190,9 +188,9 @@ class Shakespeare:
 class WebText:
     """Settings of prepare/openwebtext.py and prepare/fineweb.py."""
 
-    limit: Annotated[int | None, "take only the first N documents; None: all"] = None
-    input: Annotated[tuple[str, ...], "take .parquet or .jsonl files, or a folder of them, instead of the hub's"] = ()
-    val_fraction: Annotated[float, "share of the documents that is kept for validation"] = 0.0005
+    limit: Annotated[int | None, "use only the first N documents; None: all"] = None
+    input: Annotated[tuple[str, ...], ".parquet or .jsonl files, or a folder of them, instead of the download"] = ()
+    val_fraction: Annotated[float, "share of the documents for validation"] = 0.0005
     data_dir: Annotated[str, "folder of data sets"] = "data"
 
     def __post_init__(self):
@@ -206,7 +204,7 @@ def check_init_from(init_from: str, *ours: str) -> None:
 
 
 def at_least(config: Any, low: int, *keys: str) -> None:
-    """UserError where one of `config`'s numbers is below `low`, nan, or 2**63 and more. None, "not set", passes."""
+    """Raise UserError if one of `config`'s numbers is below `low`, nan, or 2**63 or more. None ("not set") passes."""
     for key in keys:
         value = getattr(config, key)
         if value is not None and not value >= low:  # `not >=` also catches nan
@@ -215,17 +213,17 @@ def at_least(config: Any, low: int, *keys: str) -> None:
             raise UserError(f"{key}={value}: too large")
 
 
-# -- what training needs to know of settings together ------------------------------------------------------------------
+# -- checks of settings together, once the device and the number of processes are known --------------------------------
 
 
 def check_strategy(strategy: str, dtype: str) -> None:
-    """UserError if FSDP would train in a dtype, as resolved for the device, that it cannot."""
+    """Raise UserError if FSDP cannot train in this dtype (after "auto" is resolved)."""
     if strategy == "fsdp" and dtype == "float16":
         raise UserError("strategy=fsdp: trains in bfloat16 or float32; float16 would need its gradients scaled")
 
 
 def micro_steps_of_each(world_size: int, gradient_accumulation_steps: int) -> int:
-    """Micro-batches of each process in one step. UserError if they cannot be shared out evenly."""
+    """Micro-batches of each process in one step. Raises UserError if they cannot be divided evenly."""
     if gradient_accumulation_steps % world_size:
         shares = f"{world_size} processes share them, so give a multiple of {world_size}"
         raise UserError(f"gradient_accumulation_steps={gradient_accumulation_steps}: {shares}")
@@ -233,7 +231,7 @@ def micro_steps_of_each(world_size: int, gradient_accumulation_steps: int) -> in
 
 
 def learning_rate_concerns(cfg: TrainConfig) -> list[str]:
-    """What looks like a mistake in the learning rate's schedule, a line each."""
+    """Likely mistakes in the learning-rate schedule, one line each."""
     lr_decay_iters = cfg.max_iters if cfg.lr_decay_iters is None else cfg.lr_decay_iters
     found = []
     if cfg.decay_lr and lr_decay_iters != cfg.max_iters:

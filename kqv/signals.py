@@ -1,4 +1,4 @@
-"""Requests to stop: Ctrl-C, SIGTERM, a closed terminal, max_minutes. Imports no torch, so it can begin before that."""
+"""Requests to stop: Ctrl-C, SIGTERM, a closed terminal, max_minutes. Imports no torch, so it works from the start."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ STOPPED_EARLY = 75  # exit code of a run that was asked to stop and can go on: E
 
 
 def exit_code_if_stopped() -> int:
-    """STOPPED_EARLY; but 0 under a torchrun with restarts, which takes any other code for a failure."""
+    """STOPPED_EARLY; but 0 under a torchrun with restarts, which treats any other code as a failure."""
     return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) else STOPPED_EARLY
 
 
@@ -21,7 +21,7 @@ class StopRequests:
 
     def __init__(self):
         self.received, self.began, self.max_minutes, self.running = [], time.monotonic(), None, False
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows lacks the last; if nohup has it ignored, it stays so
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows lacks SIGHUP; under nohup it stays ignored
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.receive)
@@ -34,7 +34,7 @@ class StopRequests:
         advice = (
             "saving after this micro-batch; Ctrl-C stops at once" if self.running else "stopped before the first step"
         )
-        with suppress(OSError):  # Ctrl-C has ended `tee` as well, or the terminal has gone
+        with suppress(OSError):  # Ctrl-C has ended `| tee` as well, or the terminal is closed
             print(f"{name}: {advice}", file=sys.stderr)
         if not self.running:
             sys.exit(exit_code_if_stopped())
@@ -47,9 +47,9 @@ class StopRequests:
         return self.max_minutes is not None and time.monotonic() - self.began > 60 * self.max_minutes
 
     def requested(self, processes: Any) -> bool:
-        """Whether any of the Processes was asked to stop; every process must call it."""
+        """Whether any process was asked to stop; every process must call it. `processes`: distributed.Processes."""
         return processes.any(bool(self.received) or self.too_long())
 
     def reason(self) -> str:
-        limit = f"max_minutes={self.max_minutes}" if self.too_long() else "another process was told to"
+        limit = f"max_minutes={self.max_minutes}" if self.too_long() else "another process was asked to stop"
         return ", ".join(self.received) or limit

@@ -1,4 +1,4 @@
-"""Train or val: to which split each text goes, and how much of val is also in train."""
+"""Train and validation splits: which text goes to which, and how much of val is also in train."""
 
 import hashlib
 import sys
@@ -11,12 +11,12 @@ from numpy.lib.stride_tricks import sliding_window_view
 from kqv.documents import Document
 from kqv.tokenizer import utf8
 
-SAMPLES = 1000  # stretches of val that are looked for in train
-STEP = 8  # train is compared at every 8th place only; so each stretch is looked for in 8 versions, shifted by one id
+SAMPLES = 1000  # stretches of val that are searched for in train
+STEP = 8  # train is compared at every 8th place only, so each stretch is searched for in 8 versions, shifted by one id
 BLOCK = 2**18  # ids of train that are searched at once
 FACTORS = np.array([0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xB55A4F09], np.uint32)  # any odd ones
 
-# -- to which split each text goes: yields (split, pieces of its text) -------------------------------------------------
+# -- which text goes to which split: these yield (split, pieces of the text) -------------------------------------------
 
 
 def cut_each(documents: Iterable[Document], val_fraction: float) -> Iterator[tuple[str, Document]]:
@@ -66,9 +66,9 @@ def warn_of_overlap(folder: Path, dtype: np.dtype, length: int, end_of_text: int
 
 
 def shared_stretches(folder: Path, dtype: np.dtype, length: int, end_of_text: int | None) -> tuple[int, int]:
-    """Of about SAMPLES stretches of val.bin, `length` ids each: how many are also in train.bin, and how many there are.
+    """How many of about SAMPLES stretches of val.bin, `length` ids each, are also in train.bin; and their number.
 
-    They are evenly spaced, and none contains an end of text; equal ones count once. One pass, in bounded memory.
+    Stretches are evenly spaced and contain no end of text; equal ones count once. One pass, in bounded memory.
     """
     val = np.memmap(folder / "val.bin", dtype, "r")
     last = len(val) - (length + STEP - 1)
@@ -79,7 +79,7 @@ def shared_stretches(folder: Path, dtype: np.dtype, length: int, end_of_text: in
     if end_of_text is not None:
         stretches = stretches[(stretches != end_of_text).all(axis=(1, 2))]
     number_of = {version.tobytes(): number for number, versions in enumerate(stretches) for version in versions}
-    candidates = np.zeros(2**20, bool)  # by hash: most windows of train are ruled out by it
+    candidates = np.zeros(2**20, bool)  # by hash: excludes most windows of train quickly
     candidates[hashes(stretches.reshape(-1, length))] = True
     shared, ids = set(), np.empty(0, dtype)
     with (folder / "train.bin").open("rb") as file:

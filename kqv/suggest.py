@@ -1,4 +1,4 @@
-"""Which command trains on a new data set: the "next:" line of prepare/."""
+"""The command that trains on a new data set: the "next:" line that prepare/ prints."""
 
 import shlex
 from pathlib import Path
@@ -9,7 +9,7 @@ from kqv.cli import parse
 from kqv.machine import has_nvidia_driver
 from kqv.settings import TrainConfig
 
-LARGE = 10**8  # training tokens that are worth a model of GPT-2's size
+LARGE = 10**8  # training tokens from which on GPT-2's config is suggested
 
 
 def print_next(
@@ -39,7 +39,7 @@ def print_next(
 def train_command(config: str, dataset: str, data_dir: Path | None, tokens: int) -> str:
     """The command that runs configs/CONFIG.py on a data set whose shorter split has this many tokens.
 
-    If the config is for another data set, the run gets an out_dir of its own, so that it puts no other run aside.
+    If the config is for another data set, the run gets its own out_dir, so that it does not move another run aside.
     """
     script = "train.py" if Path.cwd() == ROOT else str(ROOT / "train.py")
     words = ["python", script, f"configs/{config}.py"]

@@ -10,7 +10,7 @@ def transposed(table: Table) -> Table:
 
 
 def print_table(table: Table) -> None:
-    """Print with lines on a terminal, in a pipe as plain text in columns that two spaces separate."""
+    """Print a table: with lines on a terminal, in a pipe as plain columns separated by two spaces."""
     if sys.stdout.isatty():
         import rich
         from rich.table import Table as RichTable

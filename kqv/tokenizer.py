@@ -1,7 +1,7 @@
 """Text to token ids and back: characters, bytes, or GPT-2's byte-pair encoding (BPE).
 
-A tokenizer's describe() is plain JSON. It is stored in meta.json and in checkpoints, so that a model's output is always
-decoded with the tokenizer it was trained with.
+A tokenizer's describe() is plain JSON. meta.json and checkpoints hold it, so that a model's output is always decoded
+with the tokenizer that it was trained with.
 """
 
 import pickle
@@ -16,7 +16,7 @@ import numpy as np
 from kqv.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-GPT2_VOCAB_SIZE = 50257  # also known without a GPT2Tokenizer, which may have to download its files
+GPT2_VOCAB_SIZE = 50257  # a GPT2Tokenizer knows it too, but may have to download its files
 
 
 class Tokenizer:
@@ -97,7 +97,7 @@ class GPT2Tokenizer(Tokenizer):
         self.of_thread.bpe = self.bpe
 
     def encode_array(self, text: str) -> np.ndarray:
-        # tiktoken is a fifth faster in the thread that used an Encoding first, so each has its own (11 MB; dev/LOG.md)
+        # tiktoken is a fifth faster in the thread that used an Encoding first, so each thread has one (11 MB each)
         if not hasattr(self.of_thread, "bpe"):
             import tiktoken
 

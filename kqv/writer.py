@@ -30,12 +30,12 @@ Encoded = dict[str, tuple[np.ndarray, int]]  # split -> its next token ids, and 
 
 SPLITS = ("train", "val")
 FEW_DOCUMENTS = 100  # fewer documents are each cut in two, more are assigned whole
-WORKERS = 16  # at most: the thread that reads and writes keeps about 12 busy, and each takes 11 MB
+WORKERS = 16  # at most: the thread that reads and writes keeps about 12 busy, and each needs 11 MB
 CHUNK = 100_000  # characters encoded at once; measured with tiktoken on 2 cores: 30,000 and 1,000,000 are slower
 
-# BPE works inside words, and in GPT-2's pattern for words whitespace only ever starts a word or is one by itself. So a
-# word ends wherever whitespace follows anything else, and cutting there does not change the ids. Characters and bytes
-# can be cut anywhere, so that a file without whitespace is not held in memory whole.
+# BPE works inside words, and in GPT-2's pattern for words, whitespace starts a word or is one by itself. So a word ends
+# wherever whitespace follows anything else, and cutting there does not change the ids. Characters and bytes can be cut
+# anywhere; so a file without whitespace is not held in memory as a whole.
 WORD_END = re.compile(r"\S(?=\s)")
 ANYWHERE = re.compile(r".", re.DOTALL)
 
@@ -182,7 +182,7 @@ def unfinished_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_splits(folder: Path, encoded: Iterable[Encoded]) -> dict[str, dict[str, Any]]:
-    """Append the ids to train.bin and val.bin; return "tokens", "bytes" (of text) and "sha256" of each split."""
+    """Write the ids to train.bin and val.bin; returns "tokens", "bytes" (of text) and "sha256" of each split."""
     counts = {split: {"tokens": 0, "bytes": 0} for split in SPLITS}
     digests = {split: hashlib.sha256() for split in SPLITS}
     with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
@@ -200,7 +200,7 @@ def write_splits(folder: Path, encoded: Iterable[Encoded]) -> dict[str, dict[str
 def write(file: BinaryIO, ids: np.ndarray) -> None:
     try:
         file.write(ids.data)
-    except OSError as error:  # a full disk, for example: name the file
+    except OSError as error:  # a full disk, for example; the message must name the file
         raise OSError(error.errno, error.strerror, file.name) from error
 
 

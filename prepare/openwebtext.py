@@ -16,8 +16,8 @@ from kqv.writer import dataset_folder, write_dataset
 def main(cfg: WebText, origin: dict[str, str]) -> None:
     """Make the data set openwebtext: 8 million documents, 9 billion tokens, 18 GB, encoded while it is downloaded."""
     tokenizer = GPT2Tokenizer()  # before the download, because it can fail
-    # Skylion007/openwebtext, the original, is a script, which `datasets` has not run since version 4, and the hub's
-    # conversion of it to parquet stops after a few gigabytes. This is a copy of all of it in parquet.
+    # The original, Skylion007/openwebtext, is a script, which `datasets` no longer runs since version 4, and the hub's
+    # conversion of it to parquet stops after a few gigabytes. This is a complete copy in parquet.
     documents, source = web_documents(cfg.input, cfg.limit, "dylanebert/openwebtext")
     folder = dataset_folder("openwebtext", cfg.data_dir, origin)
     meta = write_dataset(folder, documents, tokenizer, f"{source}, by prepare/openwebtext.py", cfg.val_fraction)

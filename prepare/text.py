@@ -22,7 +22,7 @@ class Text:
     input: Annotated[tuple[str, ...], "file, folder, or - for standard input; can be given more than once"] = ()
     name: Annotated[str | None, "name of the data set; None: that of the input"] = None
     tokenizer: Annotated[Literal["char", "byte", "gpt2"], "characters, bytes, or GPT-2's BPE (a download)"] = "gpt2"
-    val_fraction: Annotated[float, "share of the text that is kept for validation"] = 0.1
+    val_fraction: Annotated[float, "share of the text for validation"] = 0.1
     field: Annotated[str, "field or column of .jsonl and .parquet files that holds the text"] = "text"
     data_dir: Annotated[str, "folder of data sets"] = "data"
 

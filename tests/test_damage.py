@@ -98,7 +98,7 @@ def is_refused(result: SimpleNamespace, *named: str) -> bool:
 
 
 def assert_refused_or_recovered(result: SimpleNamespace, out: Path, good: SimpleNamespace) -> None:
-    """Of a run that was to go on from out/ckpt.pt to step 10, or only to evaluate it."""
+    """Of a run that was to continue from out/ckpt.pt to step 10, or only to evaluate it."""
     if result.code == 0:
         assert "ckpt.pt" in result.out and "trying the one before it" in result.out and result.err == ""
         lines = result.out.splitlines()
@@ -746,7 +746,7 @@ def test_shards_cut_short(train, tmp_path, length):
     assert is_refused(result, "train_0.bin") and not (tmp_path / "out").exists()
 
 
-# -- the record of a run that goes on ----------------------------------------------------------------------------------
+# -- the record of a resumed run --------------------------------------------------------------------------------------
 
 LINES = (b"\xff\xfe\n", b"{\n", b"[" * 100_000 + b"\n", b"5\n", b"null\n", b'{"iter": "3"}\n', b'{"iter": 1e999}\n')
 LINES += (b'{"iter": 2, "tokens": NaN, "elapsed_seconds": 0}\n', b"\0" * 5000 + b"\n", b'{"iter": {}}\n')
@@ -758,7 +758,7 @@ def test_a_damaged_record_does_not_cost_the_run(good, out, resume, line, place):
     (out / "metrics.jsonl").write_bytes(b"".join([*lines[:place], line, *lines[place:]]))
     result = resume()
     assert result.code == 0 and result.err == ""
-    assert f"metrics.jsonl: left out 1 damaged lines, the first is line {place + 1}" in result.out
+    assert f"metrics.jsonl: ignored 1 damaged lines, the first is line {place + 1}" in result.out
     assert same_state(torch.load(out / "ckpt.pt", weights_only=True), good.end)
     recorded = [json.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
     assert [record["iter"] for record in recorded] == list(range(11))

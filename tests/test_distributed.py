@@ -108,7 +108,7 @@ def test_a_killed_worker_is_started_again_and_the_run_ends_as_if_nothing_had_hap
     program.write_text(
         "import os, runpy, signal, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = {str(ROOT / 'train.py')!r}\n"
-        "import optim\n"
+        "from kqv import optim\n"
         "rate = optim.learning_rate_at\n"
         "def mortal(iter_num, *rest):\n"
         "    if (iter_num, os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT']) == (7, '1', '0'):\n"

@@ -1,4 +1,4 @@
-"""packed.py against plain linear layers."""
+"""Packed and 8-bit linear layers against plain ones."""
 
 import pytest
 import torch

@@ -290,7 +290,7 @@ def test_a_damaged_line_is_left_out_with_a_note(command, tmp_path, line):
     path.write_bytes(b"\n".join([lines[0], line, *lines[2:], b""]))
     result = command("report.py", "damaged")
     assert result.code == 0
-    assert result.err == "damaged/metrics.jsonl: left out 1 damaged lines, the first is line 2\n"
+    assert result.err == "damaged/metrics.jsonl: ignored 1 damaged lines, the first is line 2\n"
     assert ["best val loss", "2.0000"] in cells(result.out)
 
 
@@ -440,5 +440,5 @@ def test_a_resumed_run_keeps_its_earlier_environments(tmp_path, capsys):
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write("{\n")
     assert "earlier" not in start(1, "e")
-    assert "left out 1 damaged lines, the first is line 2" in capsys.readouterr().out
+    assert "ignored 1 damaged lines, the first is line 2" in capsys.readouterr().out
     assert [line["iter"] for line in metrics(tmp_path)] == [0, 1]

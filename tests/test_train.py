@@ -1,4 +1,4 @@
-"""train.py as a whole: the losses it reaches, what it leaves behind, how it goes on."""
+"""train.py as a whole: the losses it reaches, what it writes, how it resumes."""
 
 import contextlib
 import errno
@@ -255,7 +255,7 @@ def test_a_run_shorter_than_eval_interval_is_saved(train, tmp_path):
 def test_an_earlier_run_is_put_aside_not_overwritten(train, tmp_path):
     train("--max_iters=3", "--eval_interval=1")
     result = train("--max_iters=2", "--eval_interval=2")
-    assert result.code == 0 and "out has an earlier run: it is now in out/previous" in result.out
+    assert result.code == 0 and "the earlier run in out was moved to out/previous" in result.out
     assert checkpoint.load(tmp_path / "out" / "previous" / "ckpt.pt")["iter_num"] == 3
     assert len(metrics(tmp_path / "out" / "previous")) == 4
     assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 2
@@ -292,7 +292,7 @@ def test_no_iterations_at_all_is_an_evaluation_that_saves(train, tmp_path):
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(train, tmp_path):
     result = train("--max_iters=40", "--eval_interval=4", "--learning_rate=1e18", "--warmup_iters=0", "--grad_clip=0")
     assert result.code == 2
-    assert "out keeps what was saved before" in result.err
+    assert "out has the last checkpoint" in result.err
     for name in ("ckpt.pt", "best.pt"):
         assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out" / name).values())
 
@@ -499,7 +499,7 @@ def test_a_run_that_is_told_to_stop_saves_and_the_same_command_goes_on(train, tm
     out, error = process.communicate(timeout=60)
     assert process.returncode == 75
     assert error.splitlines() == [f"{number.name}: saving after this micro-batch; Ctrl-C stops at once"]
-    assert f"({number.name}), all is saved; --init_from=resume goes on from there" in out
+    assert f"({number.name}), all is saved; --init_from=resume continues" in out
     stopped = checkpoint.load(tmp_path / "cut" / "ckpt.pt")["iter_num"]
     assert 20 < stopped < 300
     assert train(*run).code == 0
@@ -528,7 +528,7 @@ def test_a_run_whose_output_nobody_reads_any_more_goes_on(tmp_path, data_dir, er
         process.stderr.close()
     assert process.wait(timeout=60) == 0
     if not errors_too:
-        expected = "nobody reads the output any more ([Errno 32] Broken pipe); the run goes on\n"
+        expected = "the output cannot be written ([Errno 32] Broken pipe); the run continues without it\n"
         assert process.stderr.read() == expected
         process.stderr.close()
     assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 300
@@ -624,11 +624,11 @@ def test_other_data_begin_best_and_patience_anew(train, tmp_path, data_dir):
     arguments = ("--init_from=resume", "--max_iters=60", "--allow_other_data", "--data_dir=other", "--eval_interval=50")
     result = train(*arguments, "--patience=5")
     assert result.code == 0, result.err
-    assert "best val loss and patience begin anew" in result.out
+    assert "best val loss and patience start again" in result.out
     after, best = (checkpoint.load(tmp_path / "out" / name) for name in ("ckpt.pt", "best.pt"))
     assert after["best_val_loss"] > before["best_val_loss"]
     assert best["iter_num"] >= 40 and best["data"] == after["data"] != before["data"]  # sample.py offers the new one
-    assert "begin anew" not in train("--init_from=resume", "--max_iters=61", "--data_dir=other").out
+    assert "start again" not in train("--init_from=resume", "--max_iters=61", "--data_dir=other").out
 
 
 def test_a_shorter_context_is_announced_and_begins_best_anew(train, tmp_path):
@@ -636,7 +636,7 @@ def test_a_shorter_context_is_announced_and_begins_best_anew(train, tmp_path):
     result = train("--init_from=resume", "--max_iters=30", "--block_size=4", "--eval_interval=10")
     assert result.code == 0, result.err
     assert "block_size=4: the context is cut from the checkpoint's 16 tokens" in result.out
-    assert "best val loss and patience begin anew" in result.out
+    assert "best val loss and patience start again" in result.out
     best = checkpoint.load(tmp_path / "out" / "best.pt")
     assert best["model_args"]["block_size"] == 4 and best["iter_num"] >= 20
 
@@ -652,7 +652,7 @@ def test_the_state_of_one_optimizer_is_not_taken_for_that_of_another(train):
     train("--max_iters=1", "--optimizer=muon")
     result = train("--init_from=resume", "--max_iters=2", "--optimizer=adamw")
     assert result.code == 2
-    assert result.err == "error: optimizer='adamw': cannot go on from the state of muon in the checkpoint\n"
+    assert result.err == "error: optimizer='adamw': cannot continue from the state of muon in the checkpoint\n"
 
 
 def test_rmsnorm_in_bfloat16_says_nothing(train):
@@ -812,7 +812,7 @@ def test_compile_auto_falls_back_with_a_line_and_true_is_an_error(monkeypatch, c
     gpu, cpu = (distributed.Processes(rank=0, world_size=1, device=torch.device(name)) for name in ("cuda", "cpu"))
     kept = distributed.compile_and_wrap(model, "auto", batch, autocast, gpu, print)
     assert kept == (model, model)
-    assert "going on without torch.compile, which does not work here: no working C++ compiler is installed" in (
+    assert "continuing without torch.compile, which does not work here: no working C++ compiler is installed" in (
         capsys.readouterr().out
     )
     with pytest.raises(UserError, match=r"compile=True: torch\.compile does not work here: no working C"):
@@ -928,7 +928,7 @@ def test_a_record_that_a_full_disk_does_not_take_is_written_later(tmp_path, caps
         disk.room = room
         log.record({"iter": iter_num})
     assert disk.getvalue() == b"".join(b'{"iter": %d}\n' % iter_num for iter_num in range(4))
-    said = "NOT RECORDED at iteration 0: [Errno 28] No space left on device; the run goes on\n"
+    said = "NOT RECORDED at iteration 0: [Errno 28] No space left on device; the run continues\n"
     assert capsys.readouterr().out == said
     log.close()
 
