@@ -32,7 +32,6 @@ from kqv.peers import (
 )
 from kqv.rundir import BEST, LAST
 from kqv.settings import TrainConfig
-from kqv.tokenizer import GPT2_VOCAB_SIZE
 
 WARM_UP = 5  # iterations of training that are not counted
 SHAPES = {
@@ -47,6 +46,13 @@ PEER_LOSS["cpu"] = PEER_LOSS["cuda"] + " --device=cpu --compile=False --eval_ite
 PEER_LOSS["cpu"] += " --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000"
 PEER_LOSS["cpu"] += " --lr_decay_iters=2000 --dropout=0.0"
 OUR_LOSS = {"cuda": "configs/train_shakespeare_char.py", "cpu": "configs/train_shakespeare_char_cpu.py"}
+
+
+def vocabulary(size: str) -> int:
+    from kqv.tokenizer import GPT2_VOCAB_SIZE  # imports numpy, which --help need not wait for
+
+    return GPT2_VOCAB_SIZE if size == "gpt2" else len(CHARS)
+
 
 # -- train: milliseconds of an iteration -------------------------------------------------------------------------------
 
@@ -66,7 +72,7 @@ def train(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterator[
     device, shape, steps = machine["device"], SHAPES[size], cfg.steps or STEPS[size]
     if device == "cuda" and size == "gpt2":
         shape = shape | {"block_size": 1024, "batch_size": 12}
-    vocab_size, data = GPT2_VOCAB_SIZE if size == "gpt2" else len(CHARS), work / "tokens"
+    vocab_size, data = vocabulary(size), work / "tokens"
     data.mkdir()
     if size != "gpt2":
         write_meta_pkl(data, CHARS)
@@ -105,7 +111,7 @@ def generate(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterat
     """One continuation, beside each peer's; and without a peer: ten at once, and the cost far past block_size."""
     device, what = machine["device"], f"{size} {cfg.quantize or cfg.dtype}"
     shape = {key: value for key, value in SHAPES[size].items() if key != "batch_size"} | {"block_size": 1024}
-    shape["vocab_size"] = GPT2_VOCAB_SIZE if size == "gpt2" else len(CHARS)
+    shape["vocab_size"] = vocabulary(size)
     settings = asdict(TrainConfig(**SHAPES[size] | {"block_size": 1024, "bias": True}))
     counted = call("counting", count_model, work, settings=settings, vocab_size=shape["vocab_size"], padded=False)
     weights = counted.found["weights"]  # without positions: a token reads only one row of them

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 @pytest.fixture(scope="session", autouse=True)
 def float32_on_every_cpu():
-    """dtype=auto is bfloat16 on some CPUs: not exact enough to compare by."""
+    """dtype=auto is bfloat16 on some CPUs, which is too inexact for comparisons."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kqv.machine.cpu_words", set)
         yield

@@ -1,4 +1,4 @@
-"""bench.py and measure.py: what runs, in which order, on what, and its arithmetic on times that stand-ins make up."""
+"""bench.py and measure.py: what runs and in which order; and their arithmetic, on times that stand-ins print."""
 
 import importlib.metadata
 import json
@@ -18,8 +18,8 @@ MACHINE = {"device": "cpu", "name": "a machine", "threads": 1, "float32": 2e11, 
 KEYS = {"task", "size", "device", "ours", "peer", "unit", "ratio", "limit", "share_of_limit", "peak_rss_mb"}
 KEYS |= {"peer_peak_rss_mb", "versions"}
 
-# A train.py that trains nothing: it notes how it was called, and prints nanoGPT's lines with times made up: MS for
-# iterations 5, 6 and 7, the ones that --steps=3 is to count, and far longer ones for the others.
+# A train.py that trains nothing: it records how it was called, and prints nanoGPT's lines with made-up times: MS for
+# iterations 5, 6 and 7, which --steps=3 must count, and far longer times for the others.
 TRAIN = """
 import json, sys
 from pathlib import Path
@@ -39,7 +39,7 @@ for number in range(int(settings["max_iters"]) + 1):
 
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch):
-    """Folders with a train.py each in place of ours and the peer's; a machine of round numbers. Returns a runner:
+    """Folders with a stand-in for each train.py, ours and the peer's; a machine with round numbers. Returns a runner:
 
     run("train", "--size=baby") -> the rows as JSON has them. `run.peer`: the peer's folder; `run.calls()`: the notes.
     """
@@ -71,7 +71,7 @@ def test_train_row(stand_ins, capsys):
     assert (row["ours"], row["peer"], row["ratio"]) == (25, 50, 2)  # medians; iterations that evaluate do not count
     model = GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, bias=False))
     flops = model.flops_per_token() * 12 * 64
-    assert row["limit"] == 4e11  # of bfloat16, as our side said
+    assert row["limit"] == 4e11  # of bfloat16, which our side printed
     assert row["share_of_limit"] == pytest.approx(flops / 0.025 / 4e11)
     assert row["peer_share_of_limit"] == pytest.approx(flops / 0.050 / 2e11)  # nanoGPT has no autocast on CPUs
     assert row["peak_rss_mb"] > 1 and row["peer_peak_rss_mb"] > 1
@@ -101,7 +101,7 @@ def test_train_gives_both_sides_the_same_work_in_turn(stand_ins):
     assert Path(ours["settings"]["data_dir"], ours["settings"]["dataset"]) == Path(peer["settings"]["dataset"])
     assert (ours["settings"]["compile"], peer["settings"]["compile"]) == ("True", "False")
     assert ours["settings"]["seed"] == "7" and "seed" not in peer["settings"] and peer["settings"]["bias"] == "1"
-    # nanoGPT finds its files in the working directory; what it writes goes elsewhere, and nothing stays behind
+    # nanoGPT runs in its own directory; its output goes elsewhere, and nothing is left there
     assert Path(peer["cwd"]) == stand_ins.peer
     assert not Path(peer["settings"]["out_dir"]).is_relative_to(stand_ins.peer)
     assert {path.name for path in stand_ins.peer.iterdir()} == {"train.py", "model.py"}
@@ -111,7 +111,7 @@ def test_train_gives_both_sides_the_same_work_in_turn(stand_ins):
 def test_train_without_a_peer_and_for_gpt2(stand_ins):
     row = stand_ins("train", "--size=gpt2", "--steps=3", "--repeats=1")
     assert row["ours"] == 25 and row["peer"] is row["ratio"] is row["peer_peak_rss_mb"] is None
-    assert stand_ins.calls()[0]["data"].keys() == {"train.bin", "val.bin"}  # without a meta.pkl they are GPT-2's tokens
+    assert stand_ins.calls()[0]["data"].keys() == {"train.bin", "val.bin"}  # without meta.pkl: GPT-2's tokens
     several = stand_ins("train", "train", "--size=small", "--size=baby", "--steps=3", "--repeats=1")
     assert [(row["task"], row["size"]) for row in several] == 2 * [("train", "small"), ("train", "baby")]
 
@@ -145,7 +145,7 @@ def test_a_failing_child_is_one_line(stand_ins, capsys, source, message):
         (["train", "--flags='"], 'flags="\'": No closing quotation'),
         (["train", "--repeats=0"], "repeats=0: must be at least 1"),
         (["train", "--size=large"], "size='large': expected baby | small | gpt2"),
-        (["train", "--json=nowhere/result.json"], "json='nowhere/result.json': not a file in a folder that there is"),
+        (["train", "--json=nowhere/result.json"], "json='nowhere/result.json': expected a file in an existing folder"),
         (["prepare", "--input=nowhere"], "input='nowhere': there is no text in it"),
     ],
 )
@@ -187,7 +187,7 @@ def test_rows_prefer_speed_and_low_cost():
 def test_peak_memory(tmp_path):
     hold = "import time; held = b'x' * 200_000_000"
     own = measure.run("a child", [sys.executable, "-c", hold], tmp_path)
-    assert 200 < own.rss_mb < 2000  # at least this process's own, for it is what was forked
+    assert 200 < own.rss_mb < 2000  # at least this process's own, because it was forked
     if Path("/proc/self/smaps_rollup").exists():
         family = f"import subprocess, sys; {hold}; subprocess.run([sys.executable, '-c', {hold + '; time.sleep(1)'!r}])"
         tree = measure.run("a family", [sys.executable, "-c", family], tmp_path, whole_tree=True)
@@ -225,7 +225,7 @@ def test_prepare_alone(command, gpt2_bpe):
 
 # -- the real thing, small ---------------------------------------------------------------------------------------------
 
-# what nanoGPT's data/openwebtext/prepare.py asks of `datasets`, and how many tokens came of it
+# calls `datasets` as nanoGPT's data/openwebtext/prepare.py does, and prints the number of tokens
 OPENWEBTEXT = """
 from pathlib import Path
 import numpy as np, tiktoken
@@ -242,7 +242,7 @@ if __name__ == "__main__":
             notes.write(f"{len(splits[split])} {len(ids)}\\n")
 """
 
-# as nanoGPT's: one method to generate with, which returns the prompt and what follows
+# like nanoGPT's: generate returns the prompt and its continuation
 MODEL = """
 from dataclasses import dataclass
 import torch
@@ -301,7 +301,7 @@ def test_train_for_real(command, ourselves):
 
 @pytest.mark.slow
 def test_loss(command, ourselves, tmp_path):
-    """Where the peer does just what we do, the losses are the same to the last digit."""
+    """If the peer does exactly the same, the losses are equal to the last digit."""
     text = "the quick brown fox jumps over the lazy dog\n" * 400
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     (tmp_path / "nanogpt" / "config").mkdir()
@@ -315,7 +315,7 @@ def test_loss(command, ourselves, tmp_path):
     assert (time["unit"], whole["unit"], loss["unit"]) == ("s", "s", "nats/token")
     assert time["ratio"] == pytest.approx(time["peer"] / time["ours"])
     assert time["ours"] < whole["ours"] and time["peer"] < whole["peer"]
-    assert loss["ours"] == loss["peer"] < 3.5 and loss["ratio"] == 1  # log 28 = 3.3 is where it begins
+    assert loss["ours"] == loss["peer"] < 3.5 and loss["ratio"] == 1  # it starts at log 28 = 3.3
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""checkpoint.py: what is written is whole, what is read runs no code, and nanoGPT's files are ours."""
+"""checkpoint.py: writing is atomic, reading runs no code, and nanoGPT's files load."""
 
 import errno
 import io
@@ -21,7 +21,7 @@ SIZES = {"block_size": 16, "vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd"
 
 
 def nanogpt_checkpoint(steps: int = 3, compiled: bool = True) -> tuple[dict, GPT, torch.optim.Optimizer]:
-    """A file as nanoGPT's train.py writes it: names, groups and types are its own, the numbers are arbitrary."""
+    """A file as nanoGPT's train.py writes it, with its names, groups and types, and random numbers."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SIZES))
     decay = [p for p in model.parameters() if p.dim() >= 2]
@@ -48,7 +48,7 @@ def nanogpt_checkpoint(steps: int = 3, compiled: bool = True) -> tuple[dict, GPT
 @pytest.mark.parametrize("compiled", [True, False])
 def test_nanogpts_checkpoints_load(tmp_path, compiled):
     saved, model, _ = nanogpt_checkpoint(compiled=compiled)
-    saved["model"]["transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()  # the mask of its older attention
+    saved["model"]["transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()  # the mask of its slow attention
     torch.save(saved, tmp_path / "ckpt.pt")
     loaded = checkpoint.load(tmp_path / "ckpt.pt")
     assert (loaded["iter_num"], loaded["best_val_loss"]) == (3, 4.5) and type(loaded["best_val_loss"]) is float
@@ -90,7 +90,7 @@ def test_the_settings_asked_for_win_over_the_saved_ones(tmp_path):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda saved: saved["state"][0].update(exp_avg=torch.zeros(2)),  # PyTorch would write past its end
+        lambda saved: saved["state"][0].update(exp_avg=torch.zeros(2)),  # PyTorch would write past the tensor's end
         lambda saved: saved["state"][0].update(exp_avg=torch.zeros(61, 7)),
         lambda saved: saved["state"][0].update(exp_avg=None),
         lambda saved: saved.pop("param_groups"),
@@ -137,7 +137,7 @@ def test_loading_runs_no_code(tmp_path, legacy):
     with pytest.raises(UserError, match=r"not a checkpoint" if legacy else r"was not loaded: it would run code"):
         checkpoint.load(tmp_path / "ckpt.pt")
     assert not (tmp_path / "harm").exists()
-    with (tmp_path / "ckpt.pt").open("rb") as file:  # the file is a live round
+    with (tmp_path / "ckpt.pt").open("rb") as file:  # this file does run code
         pickle.load(file) if legacy else torch.load(file, weights_only=False)
     assert (tmp_path / "harm").exists()
 
@@ -211,7 +211,7 @@ def test_without_hard_links_best_is_a_copy(tmp_path, monkeypatch):
 
 
 def test_a_file_that_cannot_grow_keeps_the_checkpoint_there_was(tmp_path):
-    """For real: the system refuses to write more than 100 kB, in the middle of torch.save."""
+    """The system refuses to write more than 100 kB, in the middle of torch.save."""
     program = (
         "import resource, signal, sys, torch; from kqv import checkpoint; from pathlib import Path\n"
         "out, big = Path(sys.argv[1]), {'model': torch.zeros(10**6), 'iter_num': 2}\n"

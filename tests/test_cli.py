@@ -1,4 +1,4 @@
-"""config.py and the command lines made from it."""
+"""settings.py and cli.py: flags, config files, --help, errors, device and dtype."""
 
 import shutil
 import subprocess
@@ -141,7 +141,7 @@ BUGS = {
 @pytest.mark.parametrize("bug", BUGS)
 @pytest.mark.parametrize("room", ["kqv/data.py", "train.py"])
 def test_a_bug_of_our_own_keeps_its_traceback(tmp_path, room, bug):
-    """The same exceptions as users cause, but raised where no user has a hand in it."""
+    """Exceptions like those that users cause, planted in our own code."""
     for name in ("train.py", "model.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "kqv", tmp_path / "kqv", ignore=shutil.ignore_patterns("__pycache__"))
@@ -207,7 +207,7 @@ def test_our_configs_parse_and_say_how_to_run_them(path):
 
 
 def test_models_defaults_are_the_commands_but_for_nanogpts_two():
-    # train.py of nanoGPT has bias=False, its GPTConfig bias=True
+    # nanoGPT's train.py has bias=False, its GPTConfig bias=True
     ours, models = TrainConfig(), GPTConfig()
     raw = {field.name: field.default for field in fields(GPTConfig)}
     shared = [name for name in raw if hasattr(ours, name)]
@@ -276,7 +276,7 @@ def test_bfloat16_is_for_cpus_that_are_faster_with_it(tmp_path, monkeypatch, ven
 
 
 def test_files_are_opened_with_an_encoding_everywhere():
-    """On Windows open() reads cp1252 unless told otherwise."""
+    """On Windows open() reads cp1252 by default."""
     for path in [*ROOT.glob("*.py"), *ROOT.glob("kqv/*.py"), *ROOT.glob("prepare/*.py")]:
         for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
             if any(call in line for call in (".read_text(", ".write_text(", '.open("w"', '.open("r"', '.open("a"')):

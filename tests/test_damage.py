@@ -1,4 +1,4 @@
-"""Damaged and hostile files: each is refused in one line, or what was saved before it is used. None is trained on."""
+"""Damaged and hostile files: each is refused in one line, or the save before it is used. No run trains on one."""
 
 import builtins
 import contextlib
@@ -31,7 +31,7 @@ from kqv.errors import UserError
 from model import GPT, GPTConfig
 from tests.conftest import ROOT, TINY
 
-# on the terminal a warning would be more than the one line
+# a warning would be a second line on the terminal
 no_warnings = pytest.mark.filterwarnings("error::UserWarning")
 
 RUN = ("--lr_decay_iters=12", "--eval_interval=100", "--save_interval=4", "--keep_last=2")
@@ -39,7 +39,7 @@ RUN = ("--lr_decay_iters=12", "--eval_interval=100", "--save_interval=4", "--kee
 
 @pytest.fixture(scope="module")
 def good(data_dir, tmp_path_factory) -> SimpleNamespace:
-    """A run of 8 steps that also kept its state after 4, and the same run to step 10, which nothing disturbed."""
+    """A run of 8 steps that also kept its state after 4 steps, and the same run to step 10 without interruption."""
     folder = tmp_path_factory.mktemp("good")
 
     def train(*arguments: str) -> str:
@@ -66,7 +66,7 @@ def good(data_dir, tmp_path_factory) -> SimpleNamespace:
 
 @pytest.fixture
 def out(good, tmp_path) -> Path:
-    """out_dir of a stopped run: ckpt.pt after step 8, for the test to damage, and ckpt-00000004.pt before it."""
+    """out_dir of a stopped run: ckpt.pt of step 8, which the test damages, and ckpt-00000004.pt."""
     (tmp_path / "out").mkdir()
     for name in ("ckpt.pt", "ckpt-00000004.pt", "metrics.jsonl", "config.json"):
         shutil.copy2(good.out / name, tmp_path / "out" / name)
@@ -74,7 +74,7 @@ def out(good, tmp_path) -> Path:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Of one type and bit for bit equal, tensors by their bytes."""
+    """Whether two values have one type and are bit for bit equal."""
     if torch.is_tensor(a) and torch.is_tensor(b):
         return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
     if type(a) is not type(b):
@@ -91,14 +91,14 @@ def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def is_refused(result: SimpleNamespace, *named: str) -> bool:
-    """Whether a command ended with exit code 2 and one line on stderr that has all of `named`."""
+    """Whether a command ended with exit code 2 and one line on stderr that contains all of `named`."""
     lines = result.err.splitlines()
     one_line = result.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
     return one_line and "Traceback" not in result.out and all(name in lines[0] for name in named)
 
 
 def assert_refused_or_recovered(result: SimpleNamespace, out: Path, good: SimpleNamespace) -> None:
-    """Of a run that was to continue from out/ckpt.pt to step 10, or only to evaluate it."""
+    """Check a run that was asked to continue from out/ckpt.pt to step 10, or to evaluate it."""
     if result.code == 0:
         assert "ckpt.pt" in result.out and "trying the one before it" in result.out and result.err == ""
         lines = result.out.splitlines()
@@ -116,7 +116,7 @@ def resume(train):
 
 
 def parts(data: bytes, path: Path) -> dict[str, list[int]]:
-    """Positions in a checkpoint by what is there: torch.save's zip archive taken apart."""
+    """Positions in a checkpoint, by the part of torch.save's zip archive that is there."""
     found = {"directory": [], "local": [], "pickle": [], "tensor": []}
     with zipfile.ZipFile(path) as archive:
         for part in archive.infolist():
@@ -132,7 +132,7 @@ def parts(data: bytes, path: Path) -> dict[str, list[int]]:
 
 
 def damaged_bytes(data: bytes, case: str, path: Path) -> bytes:
-    """`data` damaged as `case`, "KIND NUMBER", says; the same each time."""
+    """`data` with the damage `case`, "KIND NUMBER"; the same each time."""
     kind, number = case.rsplit(" ", 1)
     draw, damaged, n = random.Random(case), bytearray(data), len(data)
     if kind == "cut":  # from 0 bytes to all but one
@@ -183,7 +183,7 @@ def test_damaged_bytes_are_noticed_or_make_no_difference(good, out, case):
         (line,) = said
         assert str(path) in line and "\n" not in line and "trying the one before it" in line
         assert same(found, good.before)
-    else:  # a date, say, or bytes behind the end
+    else:  # for example a date, or bytes behind the end
         assert same(found, good.newest)
     try:
         mapped = checkpoint.load(path, mmap=True)
@@ -193,7 +193,7 @@ def test_damaged_bytes_are_noticed_or_make_no_difference(good, out, case):
         assert not said and same(mapped, found)
 
 
-# of those, cases that are damage to any reader, by whole commands
+# those cases that are damage for any reader, tested with whole commands
 SURE = [f"{kind} {number}" for kind in ("cut", "behead", "zero", "folder", "packed", "tensor") for number in (0, 1, 2)]
 SURE += [f"cut {number}" for number in range(5, 15)]
 
@@ -223,7 +223,7 @@ def test_with_nothing_saved_before_it_is_one_line(out, resume, command, case):
 
 
 def test_undamaged_it_all_works(good, out, resume, command):
-    """Else the tests above would pass for the wrong reason."""
+    """Control: without damage the command works, so the tests above fail for the right reason."""
     evaluated = resume("--eval_only")
     assert evaluated.code == 0 and "step 8: train loss " in evaluated.out
     assert command("sample.py", "--device=cpu", "--num_samples=1", "--max_new_tokens=3").code == 0
@@ -232,7 +232,7 @@ def test_undamaged_it_all_works(good, out, resume, command):
     assert same_state(torch.load(out / "ckpt.pt", weights_only=True), good.end)
 
 
-# -- archives that are whole, with what no run has saved in them -------------------------------------------------------
+# -- undamaged archives with values that no run can have saved ---------------------------------------------------------
 
 WTE, LN = "transformer.wte.weight", "transformer.ln_f.weight"
 
@@ -255,7 +255,7 @@ def of_another_model(saved: dict[str, Any]) -> dict[str, Any]:
     return optimizer.state_dict()
 
 
-# by key: values that take the place of what was saved, or functions that make them of it
+# by key: values that replace the saved one, or functions that compute them from it
 HUGE, LONG = 10**30, 10**400
 WEIGHTS = {
     **{f"is {value!r}": value for value in (None, [], {}, 5, "weights", {5: torch.ones(2)}, {WTE: 5}, {WTE: None})},
@@ -360,7 +360,7 @@ CONTENTS |= {
 
 def save_with_content(saved: dict[str, Any], case: str, path: Path) -> None:
     key, value = CONTENTS[case]
-    with warnings.catch_warnings():  # of tensors that are prototypes
+    with warnings.catch_warnings():  # about prototype tensor layouts
         warnings.simplefilter("ignore")
         torch.save(saved | {key: value(copy.copy(saved[key])) if callable(value) else value}, path)
 
@@ -395,7 +395,7 @@ def test_contents_that_no_run_has_saved_are_not_sampled_from(good, out, command,
 def test_keys_that_are_missing(good, out, resume, key):
     torch.save({name: value for name, value in good.newest.items() if name != key}, out / "ckpt.pt")
     result = resume()
-    if key in ("tokenizer", "config"):  # all settings were given, and the data's tokenizer is the run's
+    if key in ("tokenizer", "config"):  # all settings are given, and the tokenizer is that of the data
         assert result.code == 0 and same_state(torch.load(out / "ckpt.pt", weights_only=True), good.end)
     else:
         assert_refused_or_recovered(result, out, good)
@@ -428,7 +428,7 @@ def test_weights_saved_in_16_bits_are_widened(good, tmp_path):
 
 
 class Calls:
-    """What a pickle of this does when it is loaded carelessly: function(*arguments)."""
+    """Unpickling this without a check calls function(*arguments)."""
 
     def __init__(self, function: Any, *arguments: Any):
         self.call = function, arguments
@@ -446,7 +446,7 @@ def payloads(witness: Path) -> dict[str, Any]:
         "os.mkdir": Calls(os.mkdir, str(witness)),
         "subprocess": Calls(subprocess.call, ["touch", str(witness)]),
         "torch.save": Calls(torch.save, 5, str(witness)),
-        "getattr": Calls(getattr(Path, "touch"), witness),  # noqa: B009  as attackers spell it
+        "getattr": Calls(getattr(Path, "touch"), witness),  # noqa: B009  as an attacker would write it
     }
 
 
@@ -454,7 +454,7 @@ KINDS = list(payloads(Path("witness")))
 
 
 def write_hostile(path: Path, payload: Any, container: str, around: dict[str, Any]) -> None:
-    if container == "os.system":  # by hand: Python itself writes posix.system
+    if container == "os.system":  # by hand, because Python writes posix.system
         path.write_bytes(b"cos\nsystem\n(V" + payload.call[1][0].encode() + b"\ntR.")
     elif container.startswith("pickle"):
         path.write_bytes(pickle.dumps(around | {"config": payload}, protocol=int(container[-1])))
@@ -506,7 +506,7 @@ def test_hostile_hugging_face_weights_run_no_code(command, gpt2_folder, kind, co
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_payloads_are_live(tmp_path, kind):
-    """Else the witness would be absent for the wrong reason."""
+    """Control: loaded carelessly, the pickle does create the witness."""
     write_hostile(tmp_path / "live", payloads(tmp_path / "witness")[kind], "pickle 2", {})
     pickle.loads((tmp_path / "live").read_bytes())
     assert (tmp_path / "witness").exists()
@@ -582,7 +582,7 @@ def test_no_run_starts_on_damaged_token_files(train, folder, tmp_path, name, kin
 
 
 def test_token_files_without_a_meta_json(folder):
-    """nanoGPT's files have no checksum: only their size and the range of their ids can be checked."""
+    """nanoGPT's files have no checksum; only their size and the range of their ids can be checked."""
     (folder / "meta.json").unlink()
     chars = "".join(map(chr, range(97, 97 + 40)))
     meta = {"vocab_size": 40, "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
@@ -608,7 +608,7 @@ EDITS = {f"{key}={str(value)[:30]}": {key: value} for key, values in META.items(
 
 
 def edited(meta: dict[str, Any]) -> dict[str, Any]:
-    """By name: descriptions of a data set that none can have."""
+    """By name: impossible descriptions of a data set."""
     found = {name: meta | change for name, change in EDITS.items()}
     for key in META:
         found[f"no {key}"] = {name: value for name, value in meta.items() if name != key}
@@ -692,7 +692,7 @@ def test_vocabularies_that_cannot_be(train, folder, tmp_path, content):
 
 @pytest.mark.parametrize("number", range(15))
 def test_a_damaged_meta_pkl_is_refused_or_has_other_letters(folder, number):
-    """It has no checksum, so one letter in place of another goes unnoticed."""
+    """meta.pkl has no checksum, so one letter in place of another goes unnoticed."""
     (folder / "meta.json").unlink()
     chars = sorted("abcdefghijklmnopqrstuvwxyz .")
     meta = {"vocab_size": 28, "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}

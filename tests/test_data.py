@@ -40,7 +40,7 @@ def test_an_epoch_has_each_window_once(counting, n, block_size):
     for epoch in range(3):
         x, y = split.batch(seed=1, first=epoch * windows, batch_size=windows)
         starts = sorted(x[:, 0].tolist())
-        assert (np.diff(starts) == block_size).all()  # side by side: none twice, none left out
+        assert (np.diff(starts) == block_size).all()  # adjacent: none twice, none missing
         assert starts[0] < block_size and n - 1 - y.max() < block_size + (n % block_size or block_size)
 
 
@@ -65,7 +65,7 @@ def test_the_order_is_the_same_for_any_number_of_processes(tmp_path_factory, wor
     first = step * accumulation * batch_size
     expected = Split(folder, "train", 8, META).batch(seed, first, accumulation * batch_size)[0]
     seen = []
-    for rank in range(world_size):  # each with a reader of its own, as in different processes
+    for rank in range(world_size):  # each with its own reader, as in different processes
         split = Split(folder, "train", 8, META)
         for micro_step in range(accumulation // world_size):
             place = (step * accumulation + micro_step * world_size + rank) * batch_size
@@ -115,7 +115,7 @@ def test_batches_are_the_windows_that_the_epochs_name(tmp_path):
 
 
 def test_the_order_never_changes(counting):
-    """A run that an earlier commit started goes on with the same sequences: these are those of d943a9b."""
+    """The sequences are those of commit d943a9b, so that runs it started can be resumed."""
     x, _ = counting(100, 16).batch(seed=1337, first=3, batch_size=12)
     assert x[:, 0].tolist() == [24, 8, 51, 3, 35, 67, 19, 37, 69, 53, 21, 5]
 

@@ -1,4 +1,4 @@
-"""Runs in several processes, all of them here and over gloo: the same as one process, and as one that was never cut."""
+"""Runs in several processes, over gloo on this machine: equal to one process, and to an uninterrupted run."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ def torchrun(cwd: Path, processes: int, *arguments: object) -> subprocess.Comple
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_are_one_on_the_same_global_batch(train, command, tmp_path, data_dir, strategy):
     run = [f"--data_dir={data_dir}", *TINY, "--gradient_accumulation_steps=4", "--max_iters=20", "--eval_interval=5"]
-    run += ["--short_conv=1"]  # of one row: less than there are processes to share it
+    run += ["--short_conv=1"]  # one row, fewer than processes
     result = torchrun(tmp_path, 2, *run, "--out_dir=two", f"--strategy={strategy}", "--sample_interval=20")
     assert result.returncode == 0, result.stderr
     assert train(*run, "--out_dir=one").code == 0
@@ -49,7 +49,7 @@ def test_two_processes_are_one_on_the_same_global_batch(train, command, tmp_path
 
 @pytest.mark.slow
 def test_only_the_first_process_needs_the_checkpoint_and_errors_end_all(tmp_path, data_dir, train):
-    """nanoGPT's other processes read the file too, so that several machines need one disk."""
+    """Only the main process needs the file. (nanoGPT's others read it too, so its nodes need a shared disk.)"""
     train("--max_iters=2", "--gradient_accumulation_steps=2")
     (tmp_path / "elsewhere").mkdir()
     program = tmp_path / "launch.py"
@@ -66,7 +66,7 @@ def test_only_the_first_process_needs_the_checkpoint_and_errors_end_all(tmp_path
     assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 4
     failed = torchrun(tmp_path, 2, *arguments, "--gradient_accumulation_steps=3", "--max_iters=6")
     assert failed.returncode != 0
-    for rank in (0, 1):  # each says so itself
+    for rank in (0, 1):  # each process reports it
         assert (
             f"error in process {rank}: gradient_accumulation_steps=3: 2 processes share them, so give a multiple of 2"
             in failed.stderr
@@ -94,7 +94,7 @@ def test_stopping_and_resuming_is_the_same_run_and_can_change_the_number_of_proc
     assert all(torch.equal(a[i][key], b[i][key]) for i in a for key in a[i])
     for key in ("train_loss", "val_loss", "grad_norm"):
         assert column(straight, key) == column(halves, key)
-    # without dropout, whose masks are each process's own, other numbers of processes differ by rounding alone
+    # dropout masks differ by process; without dropout, runs with other numbers of processes differ by rounding only
     for processes, name, max_iters in ((1, "one", 8), (2, "changed", 4), (1, "changed", 6), (2, "changed", 8)):
         assert torchrun(tmp_path, processes, *run, f"--out_dir={name}", f"--max_iters={max_iters}").returncode == 0
     one, changed = (column(tmp_path / name, "train_loss") for name in ("one", "changed"))
@@ -149,7 +149,7 @@ def test_two_nodes_that_find_each_other_by_rendezvous_are_one_process(train, tmp
     run = [f"--data_dir={data_dir}", *TINY, "--gradient_accumulation_steps=2", "--max_iters=6", "--eval_interval=3"]
     rendezvous = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
     nodes = []
-    for name in ("node0", "node1"):  # no disk in common: only the one with process 0 keeps a record
+    for name in ("node0", "node1"):  # no shared disk: only the node with process 0 writes a record
         (tmp_path / name).mkdir()
         command = [*LAUNCH, *rendezvous, "--rdzv_id=kqv", "--local_addr=127.0.0.1", ROOT / "train.py", *run]
         command += ["--dtype=float32"]

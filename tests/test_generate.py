@@ -1,4 +1,4 @@
-"""generate.py against the model's own forward pass."""
+"""generate.py against the model's forward pass."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.test_model import SWITCHES, greedy, make, tokens
 
 @pytest.fixture
 def shapes(monkeypatch) -> list:
-    """Of what is given to the compiled function, which runs uncompiled here: the new tokens, and their positions."""
+    """The compiled function's inputs, the new tokens and their positions. (Here it runs without compiling.)"""
     found = []
 
     def compile(forward, **options):

@@ -1,4 +1,4 @@
-"""What only a GPU can show (`make gpu`): that training and sampling there are those of the CPU but for rounding."""
+"""Tests that need a GPU (`make gpu`): training and sampling there equal the CPU's up to rounding."""
 
 import math
 from pathlib import Path

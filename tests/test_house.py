@@ -13,7 +13,7 @@ ROOMS = {path.stem for path in (ROOT / "kqv").glob("*.py")} - {"__init__"}
 
 
 def imports(path: Path) -> set[str]:
-    """Dotted names of all modules that a file imports, wherever in it."""
+    """Dotted names of all modules that a file imports, at its top or inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -36,7 +36,7 @@ def rooms(path: Path) -> set[str]:
 
 def test_model_py_needs_torch_and_the_standard_library_alone():
     assert tops(ROOT / "model.py") <= sys.stdlib_module_names | {"torch", "kqv"}
-    assert rooms(ROOT / "model.py") == {"hub"}  # from_pretrained hands over to it
+    assert rooms(ROOT / "model.py") == {"hub"}  # from_pretrained calls it
 
 
 @pytest.mark.parametrize("room", sorted(ROOMS))

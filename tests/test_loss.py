@@ -14,13 +14,13 @@ from tests.test_model import make, tokens
 
 def loss_and_gradients(loss: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> list[torch.Tensor]:
     value = loss(*inputs)
-    return [value.detach(), *torch.autograd.grad(3 * value, inputs)]  # 3: what comes from above matters
+    return [value.detach(), *torch.autograd.grad(3 * value, inputs)]  # 3: the incoming gradient matters
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "rows", [1, 512, 700, 4500]
-)  # in one chunk, one full one, with a rest, larger ones with a rest
+)  # less than one chunk, one chunk, chunks with a rest, larger chunks with a rest
 def test_the_loss_in_chunks_is_cross_entropy(rows, dtype):
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(rows, 24, generator=generator, dtype=dtype).requires_grad_()
@@ -56,7 +56,7 @@ def test_a_large_vocabulary_is_trained_on_as_a_small_one(monkeypatch, tied, dtyp
 
     def train() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         model.zero_grad()
-        for micro_batch in (slice(2), slice(2, 3)):  # the second is added to what the first has left
+        for micro_batch in (slice(2), slice(2, 3)):  # the second adds to the first's gradients
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 loss = NextTokenLoss(model)(idx[micro_batch], targets[micro_batch])
             (scale * loss).backward()
@@ -78,7 +78,7 @@ def test_the_gradients_of_a_large_vocabulary_are_the_same_each_time(tied):
     model = make(vocab_size=LARGE_VOCAB, block_size=256, tie_embeddings=tied, n_layer=1)
     idx, found = tokens(8, 256, vocab_size=5), []
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # which must not race to add up the many gradients of each token
+    torch.set_num_threads(2)  # the threads must not race when they add up a token's many gradients
     for _ in range(4):
         model.zero_grad()
         NextTokenLoss(model)(idx, idx).backward()

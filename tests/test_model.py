@@ -37,12 +37,12 @@ SWITCHES = [
     {"qk_norm": True, "head_dim": 12},
     {"tie_embeddings": False, "bias": True, "n_inner": 40},
     {"short_conv": 1, "position": "none"},
-    {"short_conv": 20, "position": "rope"},  # further back than the context goes
+    {"short_conv": 20, "position": "rope"},  # longer than the context
 ]
 
 
 def make(config: GPTConfig = SMALL, **changes: object) -> GPT:
-    """A model in which every weight matters: larger ones than at initialisation, and no gain or bias left at 1 or 0."""
+    """A model in which every weight matters: larger than at initialisation, no gain at 1, no bias at 0."""
     torch.manual_seed(0)
     model = GPT(replace(config, **({"head_dim": None, "n_kv_head": None, "n_inner": None} | changes))).eval()
     for parameter in model.parameters():
@@ -85,7 +85,7 @@ def test_logits_and_loss_are_those_of_hugging_face_gpt2(tmp_path, activation, op
 
 
 def llama_weights(hf: nn.Module) -> dict[str, torch.Tensor]:
-    """Hugging Face's Llama or Qwen3 under our names: q, k, v are one matrix here, and so are gate and up."""
+    """Hugging Face's Llama or Qwen3 under our names: q, k, v are one matrix, and gate and up are one."""
     state = hf.state_dict()
     weights = {
         "transformer.wte.weight": state["model.embed_tokens.weight"],
@@ -241,7 +241,7 @@ def test_the_short_convolution_is_pytorchs_depthwise_one():
     weight = torch.cat((conv.weight.permute(2, 1, 0), own), dim=2)  # (C, 1, n + 1)
     expected = F.conv1d(x.transpose(1, 2), weight, padding=3, groups=32)[..., :16].transpose(1, 2)
     torch.testing.assert_close(conv(x, None), expected)
-    # and piece by piece, a piece shorter than what is looked back on too
+    # and piece by piece; some pieces are shorter than the convolution
     cache = KVCache(config, 2, like=x)
     pieces = [conv(piece, cache) for piece in x.split((9, 1, 1, 5), dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), conv(x, None))
@@ -269,7 +269,7 @@ def test_order_matters_but_without_positions_only_what_came_before():
     idx = tokens(1, 8)
     swapped = idx[:, [1, 0, *range(2, 8)]]
     for position in POSITIONS:
-        # of one layer: in a second one the causal mask alone tells positions apart
+        # one layer: in a second layer the causal mask would distinguish positions
         model = make(position=position, n_layer=1)
         same = torch.allclose(model(idx)[0], model(swapped)[0], atol=1e-5)
         assert same == (position == "none")
@@ -331,7 +331,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch():
 
 def test_ids_the_tokenizer_lacks_are_never_sampled():
     model = make()
-    model.lm_head.weight.data[50:] = 9.0 * model.lm_head.weight.data[:1].sign()  # the padding would win
+    model.lm_head.weight.data[50:] = 9.0 * model.lm_head.weight.data[:1].sign()  # padding ids get the highest logits
     new = torch.cat(list(model.generate(tokens(4, 4, vocab_size=50), 50, seeds(4), vocab_size=50)), dim=1)
     assert new.max() < 50
 
@@ -340,7 +340,7 @@ def test_ids_the_tokenizer_lacks_are_never_sampled():
 
 
 def support(**options: object) -> list[set[int]]:
-    """Which tokens can come out, found by drawing often."""
+    """The tokens that can be drawn, found by drawing many times."""
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(5))
     rows = logits.repeat_interleave(20_000, dim=0)
     drawn = next_token(rows, [torch.Generator().manual_seed(0)] * len(rows), **options).view(3, -1)

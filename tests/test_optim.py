@@ -1,4 +1,4 @@
-"""optim.py against PyTorch's own schedulers and a census of the parameters."""
+"""optim.py against PyTorch's schedulers, torch.optim.Muon, and counts of the parameters."""
 
 import pytest
 import torch
@@ -80,7 +80,7 @@ def test_muon_with_pytorchs_coefficients_is_pytorchs_but_for_rounding(monkeypatc
             optimizer.step()
     for start, a, b in zip(first, ours, theirs, strict=True):
         moved = (b - start).norm()
-        assert moved > 0.1 and (a - b).norm() < 0.02 * moved  # both round to 8 bits, not in the same places
+        assert moved > 0.1 and (a - b).norm() < 0.02 * moved  # both round to 8 bits of mantissa, at different places
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 50), (2, 50, 20), (1, 32, 32)])
@@ -89,7 +89,7 @@ def test_orthogonalized_matrices_keep_their_directions_and_have_singular_values_
     u, s, v = torch.linalg.svd(matrices, full_matrices=False)
     s = s / s.norm(dim=1, keepdim=True)
     far = s > 0.001
-    for a, b, c in POLAR_EXPRESS:  # the polynomials on the singular values alone, which is all they may change
+    for a, b, c in POLAR_EXPRESS:  # the same polynomials applied to the singular values
         s = a * (s / SAFETY) + b * (s / SAFETY) ** 3 + c * (s / SAFETY) ** 5
     expected = u @ torch.diag_embed(s) @ v
     torch.testing.assert_close(orthogonalize(matrices, torch.float32), expected, atol=1e-4, rtol=1e-4)

@@ -87,7 +87,9 @@ def test_flops_are_those_of_each_matrix_and_of_attention(switches):
     multiplied = [p.numel() for n, p in model.named_parameters() if p.dim() == 2 and not any(x in n for x in names)]
     attention = 12 * config.n_layer * config.n_head * config.head_dim * config.block_size
     assert census.flops_per_token(GPT, config) == 6 * sum(multiplied) + attention
-    assert census.flops_per_token(GPT, config) == pytest.approx(model.flops_per_token(), rel=0.06)  # gains count there
+    assert census.flops_per_token(GPT, config) == pytest.approx(
+        model.flops_per_token(), rel=0.06
+    )  # flops_per_token counts gains too
 
 
 @pytest.mark.parametrize(
@@ -139,10 +141,10 @@ def test_what_train_refuses_is_refused(arguments, message):
 
 
 def kept_by_autograd(config: GPTConfig, B: int, dtype: torch.dtype, device: str) -> int:
-    """Bytes of the tensors, the weights apart, that a forward pass leaves for backward. Views count once."""
+    """Bytes of the tensors that a forward pass keeps for backward, without weights. Views count once."""
     model = NextTokenLoss(GPT(config)).to(device).train()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    found = {}  # holding on to the storages, so that no address is used twice
+    found = {}  # keeps the storages alive, so that no address is used twice
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in own:
@@ -184,7 +186,7 @@ def test_deep_models_are_counted_from_two_shallow_ones():
 def test_activations_are_what_autograd_keeps_on_a_gpu(switches, dtype):
     if "n_kv_head" in switches and dtype == torch.float32:
         pytest.skip("CUDA has no fused kernel for grouped queries in float32, which the plan does not know")
-    config = small_config(**switches | ({"head_dim": 16} if "head_dim" in switches else {}))  # kernels pad others
+    config = small_config(**switches | ({"head_dim": 16} if "head_dim" in switches else {}))  # kernels pad other sizes
     assert kept_by_plan(config, 3, dtype, gpu=True) == pytest.approx(
         kept_by_autograd(config, 3, dtype, "cuda"), rel=0.15
     )
@@ -207,12 +209,12 @@ def resident(key):
 def run(*arguments):
     train.main(*parse(TrainConfig, [*sys.argv[1:], *arguments]))
 
-# the same with a tiny model first: libraries load what they use, oneDNN compiles its kernels
+# first with a tiny model, so that libraries load and oneDNN compiles its kernels
 run("--n_layer=1", "--n_head=2", "--n_embd=8", "--batch_size=2", "--block_size=8", "--out_dir=warm")
 before = resident("VmRSS")
 with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # forget the highest so far
-os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # two processes find each other anew
+    file.write("5")  # resets the peak
+os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # the two processes connect again
 run("--out_dir=measured")
 print("grown", resident("VmHWM") - before)
 """
@@ -256,7 +258,7 @@ def test_the_peak_is_within_15_percent_of_a_training_process(tmp_path, moment, p
     common += ["--eval_interval=2", "--eval_iters=1", "--warmup_iters=1", "--learning_rate=1e-4", "--dtype=float32"]
     (tmp_path / "measure.py").write_text(MEASURE, encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes > 1 else []
-    # memory that is freed goes back to the system at once, so that what is resident is what is in use
+    # freed memory returns to the system at once, so resident memory is memory in use
     malloc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     result = subprocess.run(
         [sys.executable, *launcher, tmp_path / "measure.py", *common, *arguments],
@@ -315,7 +317,7 @@ def test_fsdp_in_float16_is_refused_as_in_training(arguments, device):
 def test_without_data_gpt2s_vocabulary_is_assumed_and_it_says_so():
     said = lines(plan(settings("--dataset=nothing", "--bias=True"), 1, "h100"))
     assert said["parameters"].startswith("124,475,904: embeddings 39,419,904, ")  # 47 rows of padding
-    assert "not there, GPT-2's vocabulary is assumed; vocab_size 50,304" in said["data"]
+    assert "does not exist, GPT-2's vocabulary is assumed; vocab_size 50,304" in said["data"]
     assert "epochs" not in said["run"]
 
 
@@ -349,7 +351,7 @@ def test_devices_are_named_in_any_case_and_each_has_its_memory():
     with pytest.raises(UserError, match=r"plan_device='h10': expected b200 \| h200 \| .* \| 3080"):
         plan(settings("--dataset=nothing"), 1, "h10")
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="device='cuda:1': there is none here"):
+        with pytest.raises(UserError, match="device='cuda:1': this machine has none"):
             plan(settings("--dataset=nothing", "--device=cuda:1"), 1, None)
     for device, dtype in (("t4", "float16"), ("a100", "bfloat16")):
         assert f" in {dtype};" in plan(settings("--dataset=nothing"), 1, device)
@@ -362,7 +364,7 @@ WARNINGS = {
     "block_size": ["--n_layer=2", "--n_embd=48", "--block_size=30000"],
     "epochs": ["--max_iters=5000", "--n_embd=12"],
     "memory": ["--batch_size=480", "--gradient_accumulation_steps=1"],
-    "not those of a checkpoint": ["--init_from=resume"],
+    "not for the checkpoint's": ["--init_from=resume"],
 }
 
 

@@ -114,7 +114,7 @@ def test_many_documents_are_split_whole_and_copies_stay_together(tmp_path, gpt2,
         return [part.tolist()[:-1] for part in np.split(ids[split], np.flatnonzero(ids[split] == 50256) + 1)[:-1]]
 
     val = documents("val")
-    assert 2 * 35 < len(val) < 2 * 85  # 60 are expected, and 7 the standard deviation
+    assert 2 * 35 < len(val) < 2 * 85  # expected 60, standard deviation 7
     assert all(val.count(document) == 2 for document in val)
     encoded = [gpt2.encode(text) for text in texts]
     assert val == [document for document in encoded if document in val]
@@ -187,7 +187,7 @@ def test_a_text_that_comes_again_at_its_end_is_warned_of(tmp_path, gpt2, capfd, 
     write_dataset(tmp_path / "set", [[text]], tokenizer, "a test", len(f"{copied} {fresh}") / len(text))
     shared, total, share = warned(capfd)
     assert 200 < total <= 1000 and share == f"{shared / total:.1%}"
-    assert 0.2 < shared / total < 0.35  # 900 words of 3,000, less what lies across the end of the copy
+    assert 0.2 < shared / total < 0.35  # 900 of 3,000 words, without stretches across the end of the copy
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
@@ -196,7 +196,7 @@ def test_a_text_that_comes_again_at_its_end_is_warned_of(tmp_path, gpt2, capfd, 
 def test_a_copy_is_found_at_every_place(tmp_path, monkeypatch, dtype, block, place):
     monkeypatch.setattr(splits, "BLOCK", block)
     train, val = np.random.default_rng(0).integers(0, 2**16, (2, 5000)).astype(dtype)
-    val[1000:1071] = train[place : place + 71]  # 64, and the 7 that the start of the stretch may be off
+    val[1000:1071] = train[place : place + 71]  # 64, and up to 7 by which its start may be off
     val[2000:2063] = train[:63]
     train.tofile(tmp_path / "train.bin")
     val.tofile(tmp_path / "val.bin")
@@ -217,7 +217,7 @@ def test_text_that_is_new_is_not_warned_of(tmp_path, gpt2, capfd, kind):
 def test_copies_among_few_documents_are_warned_of_where_they_lie_across_the_cut(tmp_path, capfd):
     books = [book(seed, 4000) for seed in range(8)]
     write_dataset(tmp_path / "same", [[text] for text in books + books], ByteTokenizer(), "a test")
-    assert warned(capfd) is None  # whole copies: their ends are both in val, and not in train
+    assert warned(capfd) is None  # complete copies: the ends of both are in val, not in train
     longer = [books[0] + book(9, 1000)]
     write_dataset(tmp_path / "longer", [[text] for text in books + longer], ByteTokenizer(), "a test")
     shared, total, _ = warned(capfd)
@@ -233,11 +233,11 @@ def test_copies_among_many_documents_are_never_in_both(tmp_path, capfd):
     assert train & val == {b""} and len(train) + len(val) == 102
 
 
-# -- all or nothing --
+# -- atomic writes --
 
 
 def fails(monkeypatch, when: str) -> None:
-    """Make the disk run full at some point of the next write_dataset."""
+    """Make the disk full at some point of the next write_dataset."""
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -268,7 +268,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, when):
 
 @pytest.mark.parametrize("operations", range(5))
 def test_killed_while_files_are_moved_it_is_refused_or_whole(tmp_path, monkeypatch, operations):
-    """Of the last four operations, an unlink and three renames, only so many are done."""
+    """The process is killed after `done` of the last four operations, an unlink and three renames."""
     before, after = "good old text", "new text, and more of it"
     write_dataset(tmp_path / "set", [[before]], ByteTokenizer(), "a test")
     left = iter(range(operations))
@@ -399,7 +399,7 @@ def test_what_cannot_work_is_one_line(tmp_path, monkeypatch, capfd, gpt2_bpe, sc
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [script, "--data_dir=data", *arguments])
-    with pytest.raises(SystemExit) as stop:  # in this process, because there are many
+    with pytest.raises(SystemExit) as stop:  # in this process, which is faster
         runpy.run_path(str(ROOT / "prepare" / f"{script}.py"), run_name="__main__")
     out, err = capfd.readouterr()
     assert stop.value.code == 2 and not out
@@ -429,7 +429,7 @@ def test_text_from_a_folder(kqv, tmp_path):
 
 
 def next_commands(out: str) -> dict[str, list[str]]:
-    """What a prepare command suggests: {"next": the words of the command}, and "with GPUs" if there are none here."""
+    """The commands that a prepare command suggests: {"next": its words}, and "with GPUs" on a machine without."""
     return {key: shlex.split(text) for key, text in re.findall(r"^(next|with GPUs): (.*)$", out, re.MULTILINE)}
 
 
@@ -581,7 +581,7 @@ def test_web_text_from_local_files(kqv, tmp_path, gpt2, script):
     assert "first 120 of shards" in meta["source"]
     assert np.count_nonzero(ids["train"] == 50256) + np.count_nonzero(ids["val"] == 50256) == 120
     every = [*ids["val"].tolist(), *ids["train"].tolist()]
-    assert every == [i for text in texts[:120] for i in [*gpt2.encode(text), 50256]]  # val is the first one here
+    assert every == [i for text in texts[:120] for i in [*gpt2.encode(text), 50256]]  # here val is the first document
 
 
 def test_progress_is_plain_lines_in_a_pipe(monkeypatch, capsys):

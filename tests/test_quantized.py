@@ -8,7 +8,7 @@ from model import GPT, GPTConfig
 
 
 def logits(dtype: torch.dtype, quantize: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one prompt three times, (3, V), plain and packed."""
+    """Logits (3, V) of one prompt three times, plain and packed."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=301, n_layer=2, n_head=4, n_embd=64)).to(dtype).eval()
     for parameter in model.parameters():
@@ -58,9 +58,11 @@ def test_int8_weights_are_within_half_a_step_and_logits_within_five_percent():
     linear = torch.nn.Linear(64, 48)
     torch.backends.quantized.engine = "fbgemm"
     quantized, x = Int8Linear(linear), torch.randn(7, 64)
-    weight = torch.ops.quantized.linear_unpack(quantized.packed)[0].dequantize()  # what the kernel multiplies by
+    weight = torch.ops.quantized.linear_unpack(quantized.packed)[
+        0
+    ].dequantize()  # the weights that the kernel multiplies by
     assert ((weight - linear.weight).abs() <= 0.5001 * quantized.scale[:, None]).all()
-    # x is off by half a step of its row at most, and errors of both signs add up
+    # x is off by at most half a step of its row, and errors of both signs partly cancel
     expected = torch.nn.functional.linear(x, weight, linear.bias)
     worst = 0.5 * x.abs().amax(dim=1, keepdim=True) / 63 * weight.abs().sum(dim=1)
     assert ((quantized(x) - expected).abs() <= worst + 1e-5).all()

@@ -30,7 +30,7 @@ def trained(tmp_path_factory) -> Path:
 @pytest.fixture
 def runs(train, trained, tmp_path) -> tuple[Path, Path]:
     """Two runs in the working directory, "one" and "two", that differ in n_layer, learning_rate and max_iters."""
-    if not (trained / "two").exists():  # once for all tests
+    if not (trained / "two").exists():  # trained once for all tests
         for name, *arguments in (("one", "--learning_rate=3e-2", "--max_iters=12"), ("two", "--n_layer=1")):
             result = train(f"--out_dir={trained / name}", "--eval_interval=5", "--max_iters=9", *arguments)
             assert result.code == 0, result.err
@@ -49,7 +49,7 @@ def cells(text: str) -> list[list[str]]:
 
 
 def pixels(png: bytes | Path) -> np.ndarray:
-    """(height, width, 4), from 0 to 1."""
+    """A PNG as (height, width, 4), values from 0 to 1."""
     return matplotlib.image.imread(BytesIO(png) if isinstance(png, bytes) else png, format="png")
 
 
@@ -59,9 +59,9 @@ def has_color(image: np.ndarray, color: str) -> bool:
 
 
 def expected(out_dir: Path) -> dict[str, str]:
-    """The table's figures, from the lines of metrics.jsonl alone."""
+    """The table's figures, computed here from metrics.jsonl."""
     lines, weights = metrics(out_dir), checkpoint.load(out_dir / "ckpt.pt")["model"]
-    counted = weights.keys() - {"transformer.wpe.weight", "lm_head.weight"}  # positions; the same matrix as wte
+    counted = weights.keys() - {"transformer.wpe.weight", "lm_head.weight"}  # positions; tied to wte
     evaluated = sorted((line for line in lines if "val_loss" in line), key=lambda line: line["val_loss"])
     return {
         "iterations": str(lines[-1]["iter"]),
@@ -77,7 +77,7 @@ def expected(out_dir: Path) -> dict[str, str]:
 
 
 class Page(HTMLParser):
-    """The cells of a page's tables, its picture, and whatever would be fetched or run."""
+    """The cells of a page's tables, its picture, and every element that would fetch or run something."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -124,7 +124,7 @@ def test_table_differences_picture_and_page_of_two_runs(command, runs):
     image = pixels(Path("compare.png"))
     assert image.shape[1] > 1500 and has_color(image, plots.COLORS[0]) and has_color(image, plots.COLORS[1])
     half = image.shape[1] // 2
-    for panel in (image[:, :half], image[:, half:]):  # over tokens, over time: both runs are in both
+    for panel in (image[:, :half], image[:, half:]):  # over tokens and over time; both show both runs
         assert has_color(panel, plots.COLORS[0]) and has_color(panel, plots.COLORS[1])
 
     text = Path("page.html").read_text(encoding="utf-8")
@@ -161,11 +161,11 @@ def test_a_terminal_gets_a_table_with_lines(runs, tmp_path):
     assert max(map(len, shown.splitlines())) <= 80
 
 
-# -- made-up runs ------------------------------------------------------------------------------------------------------
+# -- artificial runs ---------------------------------------------------------------------------------------------------
 
 
 def write_run(out_dir: Path, losses: list[float | None], settings: dict | None = None, **rest) -> None:
-    """A run with these validation losses, one every 10 iterations of 100 tokens and a second each."""
+    """Write a run with these validation losses, one every 10 iterations of 100 tokens and one second each."""
     out_dir.mkdir(parents=True)
     lines = []
     for i in range(10 * len(losses) - 9):
@@ -215,7 +215,7 @@ def test_what_was_not_measured_is_a_dash_and_no_error(command, tmp_path):
     table = {row[0]: row[1:] for row in cells(result.out)}
     assert table["best val loss"] == ["-", "2.5000"] and table["best at iteration"] == ["-", "10"]
     assert table["last val loss"] == ["-", "2.7000"] and table["parameters"] == ["-", "12,345"]
-    assert "seed" not in table  # there is nothing to compare it with
+    assert "seed" not in table  # only one run has a config
 
 
 def test_the_environment_is_compared_where_it_matters(command, tmp_path):
@@ -232,9 +232,9 @@ def test_the_beginning_does_not_squeeze_the_rest(tmp_path):
     long, short = (rundir.read_run(tmp_path / name) for name in ("long", "short"))
     low, high = plots.limits([long])
     assert 1.9 < low < 2.0 and 2.4 < high < 2.6
-    assert 3.0 < plots.limits([long, short])[1] < 3.3  # what a short run came to is in the picture
+    assert 3.0 < plots.limits([long, short])[1] < 3.3  # the short run's losses are inside
     write_run(tmp_path / "level", [2.5, 2.4, 2.3])
-    assert plots.limits([rundir.read_run(tmp_path / "level")])[1] > 4  # nothing to be won: all of it is shown
+    assert plots.limits([rundir.read_run(tmp_path / "level")])[1] > 4  # cutting off would gain nothing
 
 
 def test_smoothing_keeps_a_level_and_a_slope():
@@ -243,7 +243,7 @@ def test_smoothing_keeps_a_level_and_a_slope():
     assert plots.smoothed(ramp.tolist())[20:-20] == pytest.approx(ramp[20:-20], abs=0.51)
 
 
-# -- what is wrong is said ---------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_what_nanogpt_has_printed_is_a_run_too(command, tmp_path):
     assert table["best val loss"] == ["2.0000", "2.4500"] and table["tokens"] == ["2,000", "-"]
     assert table["minutes"] == ["0.33", "0.11"]  # 2 s, then ten times 0.1 s, then nine times 0.4 s
     image = pixels(Path("compare.png"))
-    for panel in (image[:, : image.shape[1] // 2], image[:, image.shape[1] // 2 :]):  # over iterations, over time
+    for panel in (image[:, : image.shape[1] // 2], image[:, image.shape[1] // 2 :]):  # over iterations and over time
         assert has_color(panel, plots.COLORS[0]) and has_color(panel, plots.COLORS[1])
     (tmp_path / "other.log").write_text("nothing of the kind", encoding="utf-8")
     assert "other.log: no lines as train.py prints them" in command("report.py", "other.log").err
@@ -408,7 +408,7 @@ def test_commit_and_dirty_flag(monkeypatch, tmp_path):
         environment = machine.describe_environment("cpu")
         return environment["commit"], environment["dirty"]
 
-    assert found() == (None, None)  # it only lies in somebody's repository
+    assert found() == (None, None)  # it lies inside another repository
     git("add", "project")
     git("commit", "-q", "-m", "first")
     commit = git("rev-parse", "HEAD")
@@ -436,7 +436,7 @@ def test_a_resumed_run_keeps_its_earlier_environments(tmp_path, capsys):
     assert [line["iter"] for line in metrics(tmp_path)] == [0, 1, 2]
     assert start(0, "d") == first | {"environment": {"commit": "d"}}  # a new run
 
-    (tmp_path / "config.json").write_text("{", encoding="utf-8")  # what is damaged does not stop the run
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")  # a damaged file does not stop the run
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write("{\n")
     assert "earlier" not in start(1, "e")

@@ -1,4 +1,4 @@
-"""sample.py: what it writes, and what it says to bad input."""
+"""sample.py: its texts, and its errors for bad input."""
 
 import io
 import shutil
@@ -20,7 +20,7 @@ from tests.test_checkpoint import nanogpt_checkpoint
 
 @pytest.fixture(scope="module")
 def out_dir(tmp_path_factory, data_dir):
-    """A model trained for a moment on "tiny"."""
+    """A model trained for a few steps on "tiny"."""
     import train
 
     folder = tmp_path_factory.mktemp("trained") / "out"
@@ -42,7 +42,7 @@ def texts(result: SimpleNamespace) -> list[str]:
     return result.out.removesuffix("\n").split(f"\n{SEPARATOR}\n")
 
 
-# -- what comes out ----------------------------------------------------------------------------------------------------
+# -- samples -----------------------------------------------------------------------------------------------------------
 
 
 def test_text_goes_to_stdout_and_the_rest_to_stderr(sample):
@@ -167,7 +167,7 @@ def test_streamed_pieces_are_whole_characters_and_add_up_to_the_text_before_the_
         pieces.append(sampled.ready())
     pieces.append(sampled.finish())
     first = min((at for at in (text.find(s) for s in stop) if at >= 0), default=len(text))
-    # of stop strings that end at the same character the one that begins first is cut at; else the first to be complete
+    # the first stop string to be complete counts; of several that end together, the one that starts first
     done = min((text.find(s) + len(s) for s in stop if s in text), default=None)
     if done is not None:
         first = min(at for s in stop if (at := text[:done].find(s)) >= 0)
@@ -183,7 +183,7 @@ def test_bytes_that_are_no_text_are_shown_as_such():
     assert sampled.finish() == "\ufffd"
 
 
-# -- what is wrong is said ---------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_bytes_that_are_no_text_are_shown_as_such():
         (["--stop=a", "--stop="], "stop=''"),
         (["--quantize=int8", "--compile"], "quantize='int8': does not work with compile=True"),
         (["--compile", "--kv_cache=False"], "compile=True: does not work with kv_cache=False"),
-        (["--interactive", "--start=a"], "start: --interactive asks for its prompts"),
+        (["--interactive", "--start=a"], "start: does not work with --interactive"),
         (["--quantize=int4"], "quantize='int4': expected int8 | None"),
         (["--out_dir=nowhere"], "no checkpoint nowhere/ckpt.pt"),
         (["--out_dir=latin.txt"], "latin.txt"),

@@ -8,7 +8,7 @@ from kqv.errors import UserError
 from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, encode_prompt, from_description, read_meta_pkl
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
-# where wrong cuts of BPE text would show: runs of spaces and breaks, contractions, digits, marks, controls, specials
+# wrong cuts of BPE text would show here: runs of spaces and breaks, contractions, digits, marks, controls, specials
 awkward = st.text(st.sampled_from("ab'st 01 .,\n\n\r\t\v\x1c\x85\xa0\u2028\u3000éñ漢字🙂\u0301\u200d<|>"))
 
 
@@ -106,7 +106,7 @@ def test_only_descriptions_are_descriptions(description):
 
 def test_gpt2_without_a_network_is_one_clear_line(kqv, tmp_path):
     (tmp_path / "text.txt").write_text("some text\n", encoding="utf-8")
-    closed = "http://127.0.0.1:9"  # a proxy that is not there, should the machine have a network
+    closed = "http://127.0.0.1:9"  # a proxy that does not exist, in case the machine has a network
     env = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "empty"), "HTTPS_PROXY": closed, "https_proxy": closed}
     result = kqv("prepare/text.py", "--input=text.txt", "--tokenizer=gpt2", f"--data_dir={tmp_path}", env=env)
     assert result.returncode == 2 and not result.stdout

@@ -72,7 +72,7 @@ def test_losses_are_those_of_hugging_faces_model_in_a_loop_of_plain_pytorch(comm
     hf.save_pretrained(tmp_path / "gpt2")
     folder = tmp_path / "data" / "ids"
     folder.mkdir(parents=True)
-    for name, n in (("train", 5000), ("val", 500)):  # no meta: GPT-2's ids, as in nanoGPT
+    for name, n in (("train", 5000), ("val", 500)):  # without meta: GPT-2's ids, as in nanoGPT
         np.random.default_rng(n).integers(50257, size=n).astype("<u2").tofile(folder / f"{name}.bin")
     result = command(
         *("train.py", "--init_from=gpt2", "--data_dir=data", "--dataset=ids", "--device=cpu", "--block_size=16"),
@@ -173,7 +173,7 @@ def test_validation_loss_over_the_whole_split_is_the_mean_over_its_tokens(train,
     model = restore_model(checkpoint.load(path), path, GPT, GPTConfig).eval()
     tokens = torch.from_numpy(np.fromfile(data_dir / "tiny" / "val.bin", dtype="<u2").astype(np.int64))
     nats = 0.0
-    for start in range(0, len(tokens) - 1, 16):  # each target once, and at most 16 tokens of context
+    for start in range(0, len(tokens) - 1, 16):  # each target once, with at most 16 tokens of context
         window = tokens[start : start + 17]
         nats += model(window[None, :-1], window[None, 1:])[1].item() * (len(window) - 1)
     expected = nats / (len(tokens) - 1)
@@ -183,7 +183,7 @@ def test_validation_loss_over_the_whole_split_is_the_mean_over_its_tokens(train,
     assert record["val_bpb"] == pytest.approx(expected / math.log(2) * stated["tokens"] / stated["bytes"], abs=1e-5)
 
 
-# -- what a run leaves -------------------------------------------------------------------------------------------------
+# -- files of a run ----------------------------------------------------------------------------------------------------
 
 
 def test_what_a_run_leaves_behind(train, tmp_path):
@@ -228,7 +228,7 @@ def test_lines_in_a_pipe_are_nanogpts(train):
 
 
 def test_best_is_not_overwritten_by_worse(train, tmp_path):
-    # a learning rate far too high: the first evaluation stays the best one
+    # the learning rate is far too high, so the first evaluation stays the best
     train("--max_iters=6", "--eval_interval=2", "--learning_rate=3", "--warmup_iters=0", "--decay_lr=False")
     losses = column(tmp_path / "out", "val_loss")
     assert losses[0] == min(losses.values())
@@ -239,7 +239,7 @@ def test_best_is_not_overwritten_by_worse(train, tmp_path):
 
 @pytest.mark.parametrize("always", [True, False])
 def test_saving_always_or_only_when_better(train, monkeypatch, always):
-    # a learning rate that makes it worse at every evaluation; the end is saved in any case
+    # the learning rate makes every evaluation worse; the end is saved anyway
     options = ["--eval_interval=2", "--learning_rate=3", "--warmup_iters=0", f"--always_save_checkpoint={always}"]
     saves = []
     monkeypatch.setattr(checkpoint, "save", lambda state, _, best, __: saves.append((state["iter_num"], best)))
@@ -268,7 +268,7 @@ def test_an_earlier_runs_last_few_are_put_aside_too(train, tmp_path):
     for folder, kept in (("out/previous", (1, 2)), ("out", (3, 4))):
         found = {path.name: checkpoint.load(path)["iter_num"] for path in (tmp_path / folder).glob("ckpt-*.pt")}
         assert found == {f"ckpt-{iter_num:08d}.pt": iter_num for iter_num in kept}
-    train("--max_iters=1")  # of the one before the previous one nothing stays
+    train("--max_iters=1")  # nothing is left of the run before the previous one
     assert sorted(path.name for path in (tmp_path / "out" / "previous").glob("ckpt-*.pt")) == [
         *("ckpt-00000003.pt", "ckpt-00000004.pt")
     ]
@@ -297,7 +297,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(train, tmp_path):
         assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out" / name).values())
 
 
-# -- going on ----------------------------------------------------------------------------------------------------------
+# -- resuming ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(train, tmp_path):
 def test_stopping_and_resuming_is_the_same_run(train, command, data_dir, tmp_path, options):
     train("--max_iters=10", "--lr_decay_iters=10", "--eval_interval=3", "--out_dir=straight", *options)
     train("--max_iters=5", "--lr_decay_iters=10", "--eval_interval=3", "--out_dir=halves", *options)
-    # said again is only what belongs to the machine, and how far it shall go: the rest is in the checkpoint
+    # only the machine's settings and max_iters are given again; the rest is in the checkpoint
     machine = [f"--data_dir={data_dir}", "--device=cpu", *(o for o in options if o.startswith("--dtype"))]
     result = command("train.py", "--init_from=resume", "--out_dir=halves", "--max_iters=10", *machine)
     assert result.code == 0, result.err
@@ -474,7 +474,7 @@ def test_nanogpts_checkpoint_is_resumed(train, tmp_path, data_dir, dataset):
     assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 6
 
 
-# -- whatever happens --------------------------------------------------------------------------------------------------
+# -- signals, full disks, bad steps ------------------------------------------------------------------------------------
 
 
 def start(tmp_path: Path, data_dir: Path, *arguments: object) -> subprocess.Popen:
@@ -512,7 +512,7 @@ def test_a_run_that_is_told_to_stop_saves_and_the_same_command_goes_on(train, tm
 
 def test_a_second_control_c_stops_at_once(tmp_path, data_dir):
     process = start(tmp_path, data_dir, "--max_iters=10000", "--eval_interval=30", "--eval_iters=0", "--block_size=2")
-    wait_for_iteration(process, 29)  # now it evaluates for a while
+    wait_for_iteration(process, 29)  # now it evaluates, which takes a while
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
@@ -549,7 +549,7 @@ def test_a_step_of_many_micro_batches_stops_between_them(train, tmp_path, data_d
     run = ["--max_iters=9", "--gradient_accumulation_steps=400000", "--eval_interval=1000", "--dropout=0.1"]
     process = start(tmp_path, data_dir, *run, "--out_dir=cut")
     for line in process.stdout:
-        if line.startswith("step 0:"):  # the first step, which would take a quarter of an hour, begins
+        if line.startswith("step 0:"):  # the first step begins, which would take a quarter of an hour
             break
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
@@ -570,14 +570,14 @@ def test_max_minutes_ends_a_step_between_micro_batches_and_is_not_restored(train
 
 
 def fake_module(folder: Path, name: str, source: str) -> dict[str, str]:
-    """An environment in which `import name` runs `source`: a moment of the start that a test can choose."""
+    """An environment in which `import name` runs `source`, so that a test can act during the start."""
     folder.mkdir()
     (folder / f"{name}.py").write_text(source, encoding="utf-8")
     return os.environ | {"PYTHONPATH": str(folder)}
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
-@pytest.mark.parametrize("module", ["difflib", "torch"])  # imported by what reads the settings, and after that
+@pytest.mark.parametrize("module", ["difflib", "torch"])  # imported while settings are read, and after that
 def test_control_c_while_python_imports_shows_no_traceback(kqv, tmp_path, script, module):
     source = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)"
     result = kqv(script, env=fake_module(tmp_path / "fake", module, source))
@@ -618,7 +618,7 @@ def test_other_data_begin_best_and_patience_anew(train, tmp_path, data_dir):
     chars = before["tokenizer"]["chars"]
     meta = {"vocab_size": len(chars), "stoi": {c: i for i, c in enumerate(chars)}, "itos": dict(enumerate(chars))}
     (tmp_path / "other" / "tiny" / "meta.pkl").write_bytes(pickle.dumps(meta))
-    rng = np.random.default_rng(0)  # noise, on which no loss can be as low
+    rng = np.random.default_rng(0)  # noise, on which no loss is as low
     for name in ("train", "val"):
         rng.integers(28, size=4000).astype("<u2").tofile(tmp_path / "other" / "tiny" / f"{name}.bin")
     arguments = ("--init_from=resume", "--max_iters=60", "--allow_other_data", "--data_dir=other", "--eval_interval=50")
@@ -681,7 +681,7 @@ def test_a_damaged_checkpoint_is_recognised_and_the_one_before_it_is_used(train,
     train("--max_iters=10", "--lr_decay_iters=12", "--eval_interval=100", "--save_interval=4", "--keep_last=2")
     path = tmp_path / "out" / "ckpt.pt"
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4  # in some weight or moment: nothing but a checksum can tell
+    data[len(data) // 2] ^= 4  # in a weight or moment: only a checksum can show it
     path.unlink()
     path.write_bytes(data)
     (tmp_path / "out" / "ckpt-00000010.pt").unlink()
@@ -711,11 +711,11 @@ def test_a_save_that_fails_does_not_end_a_run_unless_asked_to(train, monkeypatch
     monkeypatch.setattr(checkpoint, "save", failing([], 1))
     assert train("--max_iters=4", "--save_errors=stop").code == 2
     monkeypatch.setattr(checkpoint, "save", failing([], 9))
-    assert train("--max_iters=4").code == 2  # the last one must not fail
+    assert train("--max_iters=4").code == 2  # the last save must not fail
 
 
 def with_nan_from(monkeypatch, first: int, last: float) -> None:
-    """Make the losses of the training steps first ... last no number."""
+    """Make the losses of the training steps first ... last nan."""
     forward, calls = GPT.forward, iter(range(10**9))
 
     def broken(self, *args, **kwargs):
@@ -767,15 +767,15 @@ def test_patience_ends_a_run_that_no_longer_improves(train, tmp_path):
 
 def test_resuming_does_not_count_an_evaluation_twice(train, tmp_path):
     run = ["--eval_interval=2", "--learning_rate=3", "--warmup_iters=0", "--decay_lr=False", "--patience=3"]
-    for max_iters in (2, 4, 50):  # worse and worse after iteration 0: 2, 4 and 6 are the three
+    for max_iters in (2, 4, 50):  # each evaluation after iteration 0 is worse: 2, 4 and 6 are the three
         train(*run, "--init_from=auto", f"--max_iters={max_iters}")
     assert checkpoint.load(tmp_path / "out" / "ckpt.pt")["iter_num"] == 6
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # fifty starts of four seconds each, on a slow machine
+@pytest.mark.timeout(600)  # fifty starts, four seconds each on a slow machine
 def test_fifty_kills_change_nothing(train, tmp_path, data_dir):
-    """SIGKILL at random moments, the saving ones among them; the same command is simply given again."""
+    """SIGKILL at random moments, also during saves; the same command is then repeated."""
     run = ["--init_from=auto", "--dropout=0.1", "--max_iters=2000", "--eval_interval=500", "--save_interval=3"]
     run += ["--n_layer=1", "--keep_last=2"]
     draw, kills = random.Random(0), 0
@@ -832,12 +832,12 @@ def test_compiled_training_is_eager_training_but_for_rounding(train, tmp_path):
 
 
 def wandb_history(path: Path) -> list[dict]:
-    """What an offline run holds: a LevelDB log (blocks of 32 KiB; records of CRC, length, type) of protobuf records."""
+    """Records of an offline run: a LevelDB log (blocks of 32 KiB; records of CRC, length, type) of protobuf records."""
     from wandb.proto import wandb_internal_pb2
 
     data, place, payload, history = path.read_bytes(), 7, b"", []
     while place + 7 <= len(data):
-        if 2**15 - place % 2**15 < 7:  # too little room for a header: the block ends in zeros
+        if 2**15 - place % 2**15 < 7:  # no room for a header: the block ends in zeros
             place += 2**15 - place % 2**15
             continue
         length, kind = struct.unpack_from("<HB", data, place + 4)
@@ -861,7 +861,7 @@ def test_wandb_gets_the_same_numbers_and_resumes_the_same_run(train, tmp_path, m
     monkeypatch.setenv("WANDB_SILENT", "true")
     for arguments in (["--max_iters=4"], ["--init_from=resume", "--max_iters=6"]):
         assert train("--wandb_log", "--eval_interval=2", *arguments).code == 0
-        wandb.teardown()  # as at the end of a process: wandb's own has written all when it returns
+        wandb.teardown()  # as at the end of a process; when it returns, everything is written
     first, second = sorted((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))
     assert first.name == second.name  # the run's id
     records = metrics(tmp_path / "out")
@@ -880,7 +880,7 @@ def test_a_terminal_gets_a_progress_bar(tmp_path, data_dir):
     while True:
         try:
             shown += os.read(leader, 4096)
-        except OSError:  # the other end has closed
+        except OSError:  # the terminal is closed
             break
     assert process.wait() == 0
     text = shown.decode()
@@ -890,7 +890,7 @@ def test_a_terminal_gets_a_progress_bar(tmp_path, data_dir):
     assert f"val {last:.4f}" in text[text.rindex("20/20") :]  # the bar that stays shows the last evaluation
 
 
-@pytest.mark.parametrize("ignored", [False, True])  # as nohup has it
+@pytest.mark.parametrize("ignored", [False, True])  # as under nohup
 def test_a_run_whose_terminal_is_closed_saves_or_goes_on_under_nohup(tmp_path, data_dir, ignored):
     leader, follower = pty.openpty()
     max_iters = 400 if ignored else 100000
@@ -961,7 +961,7 @@ def test_snapshots_are_told_by_name_and_ordered_by_iteration(train, tmp_path):
     for path in mine:
         shutil.copy(out / "ckpt.pt", path)
     for age, path in enumerate(["best.pt", "ckpt-00000002.pt", "ckpt-00000004.pt", "ckpt-00000006.pt", "ckpt.pt"]):
-        os.utime(out / path, (10**9 - age, 10**9 - age))  # a copy of a folder has them in any order
+        os.utime(out / path, (10**9 - age, 10**9 - age))  # a copied folder can have any file times
     names = ["ckpt.pt", "ckpt-00000006.pt", "ckpt-00000004.pt", "ckpt-00000002.pt", "best.pt"]
     assert [path.name for path in checkpoints(out)] == names
     assert train("--max_iters=8", "--init_from=resume", "--keep_last=2").code == 0
@@ -993,7 +993,7 @@ def test_another_batch_size_on_resume_repeats_and_skips_nothing(train, tmp_path,
     for arguments in runs:
         taken.clear()
         assert train(*arguments, "--init_from=auto").code == 0
-        taken.pop()  # made ready for a step that does not come
+        taken.pop()  # read ahead for a step that does not come
         sequences += [index for some in taken for index in some]
         seen.append(len(sequences))
     assert sequences == list(range(len(sequences)))
@@ -1012,7 +1012,7 @@ def test_mfu_is_of_the_right_device_or_not_given():
     assert peak_flops("NVIDIA A100-SXM4-40GB", "float32") is None
 
 
-# -- what is wrong is said ---------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
