@@ -3,7 +3,7 @@
 #
 #   torchrun --standalone --nproc_per_node=8 train.py configs/fast_gpt2.py
 #
-# Eight GPUs. Time and loss not measured: no GPU was at hand. The rates are those usual for Muon at this size.
+# Eight GPUs. Time and loss are not measured. The rates are those usual for Muon at this size.
 
 out_dir = "out-fast-gpt2"
 eval_interval = 250

@@ -3,8 +3,8 @@
 #
 #   python train.py configs/fast_shakespeare_char.py
 #
-# One GPU. Time and loss not measured: no GPU was at hand. (Its smaller sister, fast_shakespeare_char_cpu.py, was; there
-# short_conv = 2 saves a third of the iterations more.)
+# One GPU. With --max_iters=500 --short_conv=2: 69 seconds on an H200, val loss 1.44 (commit d943a9b, one run). As it
+# stands below, not measured.
 
 out_dir = "out-fast-shakespeare-char"
 eval_interval = 100
