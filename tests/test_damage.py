@@ -44,23 +44,23 @@ def good(data_dir, tmp_path_factory) -> SimpleNamespace:
 
     def train(*arguments: str) -> str:
         command = [str(ROOT / "train.py"), f"--data_dir={data_dir}", *TINY, *RUN, *arguments]
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as notes:
             patch.setattr(sys, "argv", command)
             try:
                 runpy.run_path(command[0], run_name="__main__")
             except SystemExit as stop:
                 assert not stop.code
-        return said.getvalue()
+        return notes.getvalue()
 
     for steps in (8, 10):
         train(f"--out_dir={folder / str(steps)}", f"--max_iters={steps}")
     (folder / "4").mkdir()
     shutil.copy2(folder / "8" / "ckpt-00000004.pt", folder / "4")
-    said = train("--init_from=resume", "--eval_only", f"--out_dir={folder / '4'}")
+    notes = train("--init_from=resume", "--eval_only", f"--out_dir={folder / '4'}")
     newest, before, end = (
         torch.load(folder / name, weights_only=True) for name in ("8/ckpt.pt", "8/ckpt-00000004.pt", "10/ckpt.pt")
     )
-    (evaluated,) = (line for line in said.splitlines() if line.startswith("step 4: train loss "))
+    (evaluated,) = (line for line in notes.splitlines() if line.startswith("step 4: train loss "))
     return SimpleNamespace(out=folder / "8", newest=newest, before=before, end=end, evaluated=evaluated)
 
 
@@ -176,11 +176,11 @@ BYTES = [f"{kind} {number}" for kind, count in COUNTS.items() for number in rang
 @no_warnings
 @pytest.mark.parametrize("case", BYTES)
 def test_damaged_bytes_are_noticed_or_make_no_difference(good, out, case):
-    path, said = out / "ckpt.pt", []
+    path, notes = out / "ckpt.pt", []
     path.write_bytes(damaged_bytes(path.read_bytes(), case, path))
-    found = checkpoint.load_newest(out, said.append)
-    if said:
-        (line,) = said
+    found = checkpoint.load_newest(out, notes.append)
+    if notes:
+        (line,) = notes
         assert str(path) in line and "\n" not in line and "trying the one before it" in line
         assert same(found, good.before)
     else:  # for example a date, or bytes behind the end
@@ -188,9 +188,9 @@ def test_damaged_bytes_are_noticed_or_make_no_difference(good, out, case):
     try:
         mapped = checkpoint.load(path, mmap=True)
     except UserError as error:
-        assert said and str(path) in str(error) and "\n" not in str(error)
+        assert notes and str(path) in str(error) and "\n" not in str(error)
     else:
-        assert not said and same(mapped, found)
+        assert not notes and same(mapped, found)
 
 
 # those cases that are damage for any reader, tested with whole commands

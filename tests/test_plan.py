@@ -315,29 +315,29 @@ def test_fsdp_in_float16_is_refused_as_in_training(arguments, device):
 
 
 def test_without_data_gpt2s_vocabulary_is_assumed_and_it_says_so():
-    said = lines(plan(settings("--dataset=nothing", "--bias=True"), 1, "h100"))
-    assert said["parameters"].startswith("124,475,904: embeddings 39,419,904, ")  # 47 rows of padding
-    assert "does not exist, GPT-2's vocabulary is assumed; vocab_size 50,304" in said["data"]
-    assert "epochs" not in said["run"]
+    notes = lines(plan(settings("--dataset=nothing", "--bias=True"), 1, "h100"))
+    assert notes["parameters"].startswith("124,475,904: embeddings 39,419,904, ")  # 47 rows of padding
+    assert "does not exist, GPT-2's vocabulary is assumed; vocab_size 50,304" in notes["data"]
+    assert "epochs" not in notes["run"]
 
 
 def test_with_data_the_epochs_are_counted(data_dir):
     cfg = settings(f"--data_dir={data_dir}", *TINY, "--max_iters=1000")
     meta = json.loads((data_dir / "tiny" / "meta.json").read_text())
     tokens = meta["splits"]["train"]["tokens"]
-    said = lines(plan(cfg))
-    assert said["step"].startswith("64 tokens: 4 sequences of 16 x 1 micro-batches")
-    assert said["run"] == f"1,000 steps, 64,000 tokens, {64_000 / tokens:.1f} epochs"
-    assert f"{tokens:,} tokens to train on; vocab_size {meta['vocab_size']}" in said["data"]
+    notes = lines(plan(cfg))
+    assert notes["step"].startswith("64 tokens: 4 sequences of 16 x 1 micro-batches")
+    assert notes["run"] == f"1,000 steps, 64,000 tokens, {64_000 / tokens:.1f} epochs"
+    assert f"{tokens:,} tokens to train on; vocab_size {meta['vocab_size']}" in notes["data"]
 
 
 def test_time_is_flops_over_the_share_of_the_peak_that_is_assumed():
     cfg = settings("--max_iters=1000", "--n_layer=2", "--dataset=nothing")
     flops = census.flops_per_token(GPT, model_config(GPTConfig, cfg, 50304)) * 1000 * 491_520
-    said = lines(plan(cfg, 8, "H100"))["time"]
-    hours, minutes, seconds = map(int, said.split(",")[0].split(":"))
+    notes = lines(plan(cfg, 8, "H100"))["time"]
+    hours, minutes, seconds = map(int, notes.split(",")[0].split(":"))
     assert 3600 * hours + 60 * minutes + seconds == pytest.approx(flops / (8 * 0.4 * 989e12), abs=0.6)
-    assert "assuming that 40% of H100's peak" in said
+    assert "assuming that 40% of H100's peak" in notes
     assert (
         "unknown" in lines(plan(settings("--dtype=float32", "--dataset=nothing"), 1, "h100"))["time"]
     )  # the peaks are of 16-bit types

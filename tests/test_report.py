@@ -362,15 +362,15 @@ def test_a_torn_last_line_is_dropped(command, runs):
 
 def test_a_run_goes_on_without_its_picture(monkeypatch, tmp_path):
     write_run(tmp_path / "out", [3.0, 2.0])
-    said = []
+    notes = []
     (tmp_path / "out" / "loss.png").mkdir()
-    assert plots.refresh_picture(tmp_path / "out", said.append) is True
-    assert len(said) == 1 and "loss.png" in said[0]
+    assert plots.refresh_picture(tmp_path / "out", notes.append) is True
+    assert len(notes) == 1 and "loss.png" in notes[0]
     (tmp_path / "out" / "loss.png").rmdir()
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
-    assert plots.refresh_picture(tmp_path / "out", said.append) is False
-    assert len(said) == 2 and said[1].endswith("pip install matplotlib")
+    assert plots.refresh_picture(tmp_path / "out", notes.append) is False
+    assert len(notes) == 2 and notes[1].endswith("pip install matplotlib")
     assert not (tmp_path / "out" / "loss.png").exists()
 
 

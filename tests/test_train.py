@@ -928,8 +928,8 @@ def test_a_record_that_a_full_disk_does_not_take_is_written_later(tmp_path, caps
         disk.room = room
         log.record({"iter": iter_num})
     assert disk.getvalue() == b"".join(b'{"iter": %d}\n' % iter_num for iter_num in range(4))
-    said = "NOT RECORDED at iteration 0: [Errno 28] No space left on device; the run continues\n"
-    assert capsys.readouterr().out == said
+    notes = "NOT RECORDED at iteration 0: [Errno 28] No space left on device; the run continues\n"
+    assert capsys.readouterr().out == notes
     log.close()
 
 
