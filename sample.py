@@ -30,13 +30,10 @@ limit_spinning()
 
 import torch
 
-from kqv import checkpoint
-from kqv.build import restore_model
-from kqv.data import find_dataset, read_meta
+from kqv.build import load_trained
 from kqv.generate import CompiledForward
 from kqv.quantized import pack
-from kqv.rundir import BEST, LAST
-from kqv.tokenizer import GPT2_VOCAB_SIZE, Tokenizer, encode_prompt, from_description
+from kqv.tokenizer import Tokenizer, encode_prompt
 from model import GPT, GPTConfig
 
 SEPARATOR = "---------------"  # between samples, as nanoGPT prints it
@@ -78,40 +75,6 @@ class Text:
             self.extend(self.decoder.decode(b"", final=True))
         self.done = True
         return self.ready()
-
-
-def load(cfg: SampleConfig) -> tuple[GPT, Tokenizer]:
-    """The model, on the CPU, and the tokenizer that it was trained with."""
-    if cfg.init_from != "resume":
-        model = GPT.from_pretrained(cfg.init_from)
-        if not all(parameter.isfinite().all() for parameter in model.parameters()):  # checkpoint.load checks this too
-            raise UserError(f"the weights of {cfg.init_from} are not all finite")
-        return model, from_description({"kind": "gpt2"})
-    path = Path(cfg.out_dir)
-    if not path.is_file():
-        path = path / (BEST if (path / BEST).is_file() else LAST)
-    saved = checkpoint.load(path, mmap=True)  # the optimizer's part stays on the disk
-    model = restore_model(saved, path, GPT, GPTConfig, dropout=0.0)
-    if "tokenizer" in saved:
-        description = saved["tokenizer"]
-    elif model.config.vocab_size >= GPT2_VOCAB_SIZE:  # nanoGPT's checkpoints name a data set, not a tokenizer
-        description = {"kind": "gpt2"}
-    else:
-        dataset = saved["config"].get("dataset")
-        if not isinstance(dataset, str) or not dataset:
-            raise UserError(f"{path} has neither a tokenizer nor the name of its data set")
-        description = read_meta(find_dataset(cfg.data_dir, dataset))["tokenizer"]
-    try:
-        tokenizer = from_description(description)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{path}: its tokenizer has {tokenizer.vocab_size} ids, its model only {model.config.vocab_size}"
-        )
-    val_loss = saved.get("val_loss", saved["best_val_loss"])
-    print(f"{path}: iteration {saved['iter_num']}, val loss {val_loss:.4f}", file=sys.stderr)
-    return model, tokenizer
 
 
 def read_prompt(start: str) -> str:
@@ -200,7 +163,8 @@ def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
     batches = [[sample] for sample in range(cfg.num_samples)] if one_by_one else [range(cfg.num_samples)]
     torch.backends.cuda.enable_cudnn_sdp(False)  # on an H100 it plans again for each cache length: 20 ms and more
     resolve_device(cfg.device)  # a missing device is reported before the model is read
-    model, tokenizer = load(cfg)
+    model, tokenizer, description = load_trained(cfg.init_from, cfg.out_dir, cfg.data_dir, GPT, GPTConfig)
+    print(description, file=sys.stderr)
     forward = make_fast(model, cfg, batch_size=len(batches[0]))
 
     started, made = time.perf_counter(), 0

@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from kqv.checkpoint import DAMAGE
-from kqv.data import padded_vocab_size
+from kqv.checkpoint import DAMAGE, load
+from kqv.data import find_dataset, padded_vocab_size, read_meta
 from kqv.errors import UserError
-from kqv.rundir import LAST
+from kqv.rundir import BEST, LAST
 from kqv.settings import TrainConfig
+from kqv.tokenizer import GPT2_VOCAB_SIZE, Tokenizer, from_description
 
 
-def model_config(config_class: type, cfg: TrainConfig, vocab_size: int) -> Any:
+def model_config(config_class: type, cfg: Any, vocab_size: int) -> Any:
     """The GPTConfig of these settings. Raises UserError if they contradict each other."""
     switches = {field.name: getattr(cfg, field.name) for field in fields(config_class) if hasattr(cfg, field.name)}
     try:
-        return config_class(vocab_size=vocab_size, **switches)
+        return config_class(**switches | {"vocab_size": vocab_size})
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -45,6 +46,45 @@ def make_model(
         raise UserError(f"{cfg.dataset}: its vocabulary has {vocab_size} ids, the model of {source} at most {most}")
     crop_block_size(model, cfg.block_size)
     return model
+
+
+def load_trained(
+    init_from: str, out_dir: str, data_dir: str, model_class: type, config_class: type
+) -> tuple[Any, Tokenizer, str]:
+    """A trained model on the CPU, in evaluation mode, its tokenizer, and a line that describes it.
+
+    init_from "resume" loads best.pt, or else ckpt.pt, of out_dir, or the file that out_dir names; any other value is a
+    GPT-2. nanoGPT's checkpoints find their tokenizer in DATA_DIR/DATASET/meta.pkl. Raises UserError.
+    """
+    if init_from != "resume":
+        model = model_class.from_pretrained(init_from).eval()
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):  # checkpoint.load checks this too
+            raise UserError(f"the weights of {init_from} are not all finite")
+        return model, from_description({"kind": "gpt2"}), f"{init_from}: weights from Hugging Face"
+    path = Path(out_dir)
+    if not path.is_file():
+        path = path / (BEST if (path / BEST).is_file() else LAST)
+    saved = load(path, mmap=True)  # the optimizer's part stays on the disk
+    model = restore_model(saved, path, model_class, config_class, dropout=0.0).eval()
+    try:
+        tokenizer = from_description(saved.get("tokenizer") or describe_tokenizer(saved, data_dir))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if tokenizer.vocab_size > model.config.vocab_size:
+        sizes = f"its tokenizer has {tokenizer.vocab_size} ids, its model only {model.config.vocab_size}"
+        raise UserError(f"{path}: {sizes}")
+    val_loss = saved.get("val_loss", saved["best_val_loss"])
+    return model, tokenizer, f"{path}: iteration {saved['iter_num']}, val loss {val_loss:.4f}"
+
+
+def describe_tokenizer(saved: dict[str, Any], data_dir: str) -> dict[str, Any]:
+    """The tokenizer's description for a checkpoint of nanoGPT's, which names a data set instead."""
+    if saved["model_args"].get("vocab_size", 0) >= GPT2_VOCAB_SIZE:
+        return {"kind": "gpt2"}
+    dataset = saved["config"].get("dataset")
+    if not isinstance(dataset, str) or not dataset:
+        raise UserError("it has neither a tokenizer nor the name of its data set")
+    return read_meta(find_dataset(data_dir, dataset))["tokenizer"]
 
 
 def crop_block_size(model: Any, block_size: int) -> None:

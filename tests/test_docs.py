@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import Bench
+from explain import Explain
 from kqv.cli import parse
 from kqv.settings import SampleConfig, TrainConfig
 from report import Report
@@ -15,6 +16,7 @@ from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SETTINGS = {"train.py": TrainConfig, "sample.py": SampleConfig, "report.py": Report, "bench.py": Bench}
+SETTINGS |= {"explain.py": Explain}
 # on one line of a page, from the interpreter to the end of the command
 COMMAND = re.compile(r"(?:python|train\.py|torchrun .*?) ((?:prepare/)?\w+\.py(?: [^\n`#|<]*)?)")
 

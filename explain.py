@@ -1,0 +1,240 @@
+"""Look inside a GPT: the shape of every tensor, what attends to what, positions, the loss of each token.
+
+python explain.py shapes --n_layer=2 --n_head=4 --n_embd=64 --position=rope
+python explain.py attention --out_dir=out-shakespeare-char --text="To be, or not to be"
+
+shapes and positions take a model, or the model's settings; the others take a model.
+"""
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while Python imports ends quietly, without a traceback
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from kqv.cli import parse_command_line
+from kqv.errors import UserError, one_line_errors
+from kqv.machine import limit_spinning
+from kqv.settings import Model, at_least, check_init_from
+
+COMMANDS = ("shapes", "attention", "positions", "loss")
+
+
+@dataclass(kw_only=True)
+class Explanation:
+    POSITIONAL: ClassVar[str] = "words"
+    words: Annotated[tuple[str, ...], "shapes | attention | positions | loss [FILE]"] = ()
+    init_from: Annotated[str, "resume (the model in out_dir) | gpt2 | gpt2-medium | ... | a GPT-2 folder"] = "resume"
+    out_dir: Annotated[str, "folder with the ckpt.pt of train.py or of nanoGPT, or the file"] = "out"
+    data_dir: Annotated[str, "folder of data sets; nanoGPT's checkpoints need DATASET/meta.pkl in it"] = "data"
+    text: Annotated[str | None, "attention, loss: the text; None: a sentence for attention"] = None
+    token: Annotated[str | None, "attention: list the strongest keys of this query, a token of the text"] = None
+    layer: Annotated[int | None, "attention: only this layer, from 0"] = None
+    head: Annotated[int | None, "attention: only this head, from 0"] = None
+    backward: Annotated[bool, "shapes: also the shapes of the gradients"] = False
+    png: Annotated[str | None, "the picture; None: explain-COMMAND.png beside the model, or here"] = None
+    html: Annotated[str | None, "the page; None: explain-COMMAND.html beside the model, or here"] = None
+    json: Annotated[str | None, "also write the numbers to this file"] = None
+
+
+@dataclass(kw_only=True)
+class Explain(Model, Explanation):
+    block_size: Annotated[int, "shapes, positions: context length of a model made from settings"] = 64
+    vocab_size: Annotated[int, "shapes: vocabulary of a model made from settings"] = 50304
+
+    def __post_init__(self):
+        if not self.words or self.words[0] not in COMMANDS:
+            unknown = f"command {self.words[0]!r}" if self.words else "which command?"
+            raise UserError(f"{unknown}: expected {' | '.join(COMMANDS)}")
+        if len(self.words) > (2 if self.words[0] == "loss" else 1):
+            raise UserError(f"unexpected {self.words[-1]!r}; settings are given as --key=value")
+        check_init_from(self.init_from, "resume")
+        at_least(self, 0, "layer", "head")
+
+
+# Parsed before torch is imported, so that --help and a misspelt setting are answered at once.
+SETTINGS = parse_command_line(Explain, __doc__) if __name__ == "__main__" else None
+limit_spinning()
+
+import torch
+from torch import Tensor
+
+import model as model_module
+from kqv import inside, pages, plots
+from kqv.build import load_trained, model_config
+from kqv.rundir import printable, write_whole
+from kqv.shapes import fold, forward_steps
+from kqv.tables import print_losses, print_table
+from kqv.tokenizer import Tokenizer, encode_prompt
+from model import GPT, GPTConfig, explicit_attention
+
+SENTENCE = "The pizza came out of the oven and it tasted good."
+
+
+def given(origin: dict[str, str], *keys: str) -> bool:
+    return any(origin[key] != "default" for key in keys)
+
+
+def load(cfg: Explain) -> tuple[GPT, Tokenizer]:
+    model, tokenizer, description = load_trained(cfg.init_from, cfg.out_dir, cfg.data_dir, GPT, GPTConfig)
+    print(description, file=sys.stderr)
+    return model, tokenizer
+
+
+def output(cfg: Explain, kind: str) -> Path:
+    """The file for a picture ("png") or page ("html"): the one that is given, or one beside the model."""
+    folder = Path(cfg.out_dir) if cfg.init_from == "resume" and Path(cfg.out_dir).is_dir() else Path()
+    return Path(getattr(cfg, kind) or folder / f"explain-{cfg.words[0]}.{kind}")
+
+
+def write(path: Path, contents: str | bytes, what: str) -> None:
+    write_whole(path, contents)
+    print(f"{what}: {path}")
+
+
+def encode(cfg: Explain, tokenizer: Tokenizer, text: str) -> list[int]:
+    ids = encode_prompt(tokenizer, text)
+    if not ids:
+        raise UserError("text is empty: at least one token is needed")
+    return ids
+
+
+# -- the commands: each returns the numbers for --json -----------------------------------------------------------------
+
+
+def shapes(cfg: Explain, origin: dict[str, str]) -> list[dict[str, Any]]:
+    """Print a line for each step of the forward pass, on a batch of one sequence of block_size tokens."""
+    if given(origin, "out_dir", "init_from"):
+        gpt, _ = load(cfg)
+    else:
+        gpt = GPT(model_config(GPTConfig, cfg, cfg.vocab_size))
+    if not given(origin, "attention"):  # a fused kernel would show no scores
+        for block in gpt.transformer.h:
+            block.attn.attention = explicit_attention
+        gpt.config.attention = "explicit"
+    tokens = torch.arange(gpt.config.block_size)[None] % gpt.config.vocab_size  # (1, T)
+    steps = forward_steps(gpt, tokens, tokens, GPT, cfg.backward)
+    table = [["step", "shape", "in numbers", *(["gradient"] if cfg.backward else []), "weights", "FLOPs", "bytes"]]
+    table[0] += ["operation", "model.py", "why"]
+    inside_block = False
+    for step, blocks in fold(steps):
+        if blocks > 1 and not inside_block:
+            table.append([f"each of {blocks} blocks:", *[""] * (len(table[0]) - 1)])
+        inside_block = blocks > 1
+        row = ["  " * inside_block + step.name, step.symbolic, str(step.shape)]
+        row += [str(step.gradient or "-")] if cfg.backward else []
+        row += [f"{number:,}" if number else "-" for number in (step.parameters, step.flops)]
+        table.append([*row, f"{step.bytes:,}", step.operation, str(step.line), step.reason])
+    print_table(table, left=("shape", "in numbers", "operation", "why"))
+    total = sum(step.parameters for step in steps)
+    print(f"{total:,} parameters, {sum(step.flops for step in steps):,} FLOPs forward")
+    return [{key: value for key, value in asdict(step).items() if key != "result"} for step in steps]
+
+
+def attention(cfg: Explain, origin: dict[str, str]) -> dict[str, Any]:
+    """Draw the attention maps of all heads, write a page to explore them, and list strong keys of a token."""
+    gpt, tokenizer = load(cfg)
+    ids = encode(cfg, tokenizer, SENTENCE if cfg.text is None else cfg.text)
+    size = gpt.config.block_size
+    if len(ids) > size:
+        print(f"the first {size} of {len(ids)} tokens, block_size={size} is the longest context", file=sys.stderr)
+    ids = ids[:size]
+    labels = [inside.label(tokenizer, token) for token in ids]
+    maps = inside.attention_maps(gpt, torch.tensor([ids]), explicit_attention)  # (L, H, T, T)
+    for key, count in (("layer", maps.size(0)), ("head", maps.size(1))):
+        if getattr(cfg, key) is not None and getattr(cfg, key) >= count:
+            raise UserError(f"{key}={getattr(cfg, key)}: the model has {count} {key}s, from 0 to {count - 1}")
+    if cfg.token is not None:
+        list_keys(cfg, tokenizer, ids, labels, maps)
+    numbers = {"tokens": labels, "weights": maps.tolist(), "rollout": inside.rollout(maps).tolist()}
+    title = f"attention of {printable(cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from)}"
+    layers = range(maps.size(0)) if cfg.layer is None else [cfg.layer]
+    heads = range(maps.size(1)) if cfg.head is None else [cfg.head]
+    write(output(cfg, "png"), plots.draw_attention(maps, labels, list(layers), list(heads), title), "picture")
+    write(output(cfg, "html"), pages.attention_page(numbers, title), "page")
+    return numbers
+
+
+def list_keys(cfg: Explain, tokenizer: Tokenizer, ids: list[int], labels: list[str], maps: Tensor) -> None:
+    """Print the strongest keys of the query cfg.token: of the last token with that text, with or without a space."""
+    texts = [tokenizer.decode([token]) for token in ids]
+    places = [place for place, text in enumerate(texts) if cfg.token in (text, text.strip(), labels[place])]
+    if not places:
+        raise UserError(f"token={cfg.token!r}: not a token of the text; it has {' '.join(labels)}")
+    query = places[-1]
+    chosen = maps if cfg.layer is None else maps[cfg.layer : cfg.layer + 1]
+    chosen = chosen if cfg.head is None else chosen[:, cfg.head : cfg.head + 1]
+    table = [["token", "position", "layer", "head", "weight"]]
+    for layer, head, key, weight in inside.strongest(chosen, query, count=10):
+        table.append(
+            [labels[key], str(key), str(layer + (cfg.layer or 0)), str(head + (cfg.head or 0)), f"{weight:.3f}"]
+        )
+    print(f"the strongest keys of {labels[query]!r}, token {query}:")
+    print_table(table)
+
+
+def positions(cfg: Explain, origin: dict[str, str]) -> dict[str, Any]:
+    """Draw the position table and how similar two positions are by their distance."""
+    gpt = None
+    if given(origin, "out_dir", "init_from"):
+        gpt, _ = load(cfg)
+    config = gpt.config if gpt else model_config(GPTConfig, cfg, cfg.vocab_size)
+    if config.position == "none":
+        raise UserError("position='none': this model has no positions; the causal mask alone tells it the order")
+    table = inside.position_table(model_module, config, gpt)
+    similarity = inside.similarity_by_distance(model_module, config, table)
+    trained = "" if gpt or config.position != "learned" else ", before training"
+    title = f"{config.position} positions{trained}: {config.block_size} positions, {table.size(1)} channels"
+    write(output(cfg, "png"), plots.draw_positions(table, similarity, title), "picture")
+    return {"position": config.position, "table": table.tolist(), "similarity": similarity.tolist()}
+
+
+def loss(cfg: Explain, origin: dict[str, str]) -> dict[str, Any]:
+    """Print a text with each token coloured by its loss, and write a page with what the model would have said."""
+    text = cfg.text
+    if len(cfg.words) == 2:
+        try:
+            text = Path(cfg.words[1]).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{cfg.words[1]}: not UTF-8 text") from None
+    if text is None:
+        raise UserError("which text? explain.py loss FILE, or --text=...")
+    gpt, tokenizer = load(cfg)
+    ids = encode(cfg, tokenizer, text)
+    found = inside.token_losses(gpt, ids, tokenizer)
+    if found.windows > 1:
+        size = gpt.config.block_size
+        print(f"{len(ids)} tokens, read in {found.windows} windows of {size} that overlap by half", file=sys.stderr)
+
+    def shown(pair: tuple[int, float] | None) -> list[Any] | None:
+        return pair and [inside.label(tokenizer, pair[0]), pair[1]]
+
+    numbers = {"tokens": [inside.label(tokenizer, token) for token in ids], "losses": found.losses}
+    numbers["top"] = [pairs and [shown(pair) for pair in pairs] for pairs in found.top]
+    numbers["lens"] = [[shown(pair) for pair in layer] for layer in found.lens]
+    numbers |= {"loss": found.loss, "bits_per_byte": found.bits_per_byte}
+    print_losses(numbers["tokens"], found.losses)
+    if len(ids) == 1:
+        print("one token: nothing comes before it, so nothing is predicted")
+    else:
+        print(f"loss {found.loss:.4f} nats per token, {found.bits_per_byte:.4f} bits per byte, {len(ids)} tokens")
+    title = f"loss of {printable(cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from)}"
+    write(output(cfg, "html"), pages.loss_page(numbers, title), "page")
+    return numbers
+
+
+def main(cfg: Explain, origin: dict[str, str]) -> None:
+    commands = {"shapes": shapes, "attention": attention, "positions": positions, "loss": loss}
+    numbers = commands[cfg.words[0]](cfg, origin)
+    if cfg.json:
+        write(Path(cfg.json), json.dumps(numbers, ensure_ascii=False) + "\n", "numbers")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(*SETTINGS)
