@@ -1,9 +1,10 @@
-"""Look inside a GPT: the shape of every tensor, what attends to what, positions, the loss of each token.
+"""Look inside a GPT: the shape of every tensor, what attends to what, the loss of each token, and what if?
 
 python explain.py shapes --n_layer=2 --n_head=4 --n_embd=64 --position=rope
-python explain.py attention --out_dir=out-shakespeare-char --text="To be, or not to be"
+python explain.py attention --out_dir=out-python-stdlib --text="def __init__(self"
+python explain.py loss FILE --out_dir=out-python-stdlib
 
-shapes and positions take a model, or the model's settings; the others take a model.
+shapes and positions take a model or a model's settings, attention and loss a model; context and whatif train models.
 """
 
 import signal
@@ -22,20 +23,23 @@ from kqv.errors import UserError, one_line_errors
 from kqv.machine import limit_spinning
 from kqv.settings import Model, at_least, check_init_from
 
-COMMANDS = ("shapes", "attention", "positions", "loss")
+COMMANDS = ("shapes", "attention", "positions", "loss", "context", "whatif")
 
 
 @dataclass(kw_only=True)
 class Explanation:
     POSITIONAL: ClassVar[str] = "words"
-    words: Annotated[tuple[str, ...], "shapes | attention | positions | loss [FILE]"] = ()
+    words: Annotated[tuple[str, ...], "shapes | attention | positions | loss [FILE] | context | whatif"] = ()
     init_from: Annotated[str, "resume (the model in out_dir) | gpt2 | gpt2-medium | ... | a GPT-2 folder"] = "resume"
-    out_dir: Annotated[str, "folder with the ckpt.pt of train.py or of nanoGPT, or the file"] = "out"
+    out_dir: Annotated[str, "folder of the model, or its checkpoint; context, whatif: folder for their runs"] = "out"
     data_dir: Annotated[str, "folder of data sets; nanoGPT's checkpoints need DATASET/meta.pkl in it"] = "data"
     text: Annotated[str | None, "attention, loss: the text; None: a sentence for attention"] = None
     token: Annotated[str | None, "attention: list the strongest keys of this query, a token of the text"] = None
     layer: Annotated[int | None, "attention: only this layer, from 0"] = None
     head: Annotated[int | None, "attention: only this head, from 0"] = None
+    dataset: Annotated[str, "context, whatif: the data set to train on"] = "python_stdlib"
+    only: Annotated[tuple[str, ...], "whatif: only this variant; can be given more than once"] = ()
+    seeds: Annotated[int, "whatif: number of runs of each variant"] = 3
     backward: Annotated[bool, "shapes: also the shapes of the gradients"] = False
     png: Annotated[str | None, "the picture; None: explain-COMMAND.png beside the model, or here"] = None
     html: Annotated[str | None, "the page; None: explain-COMMAND.html beside the model, or here"] = None
@@ -55,6 +59,7 @@ class Explain(Model, Explanation):
             raise UserError(f"unexpected {self.words[-1]!r}; settings are given as --key=value")
         check_init_from(self.init_from, "resume")
         at_least(self, 0, "layer", "head")
+        at_least(self, 1, "seeds")
 
 
 # Parsed before torch is imported, so that --help and a misspelt setting are answered at once.
@@ -68,7 +73,7 @@ import model as model_module
 from kqv import inside, pages, plots
 from kqv.build import load_trained, model_config
 from kqv.rundir import printable, write_whole
-from kqv.shapes import fold, forward_steps
+from kqv.shapes import forward_steps, table_of
 from kqv.tables import print_losses, print_table
 from kqv.tokenizer import Tokenizer, encode_prompt
 from model import GPT, GPTConfig, explicit_attention
@@ -119,18 +124,7 @@ def shapes(cfg: Explain, origin: dict[str, str]) -> list[dict[str, Any]]:
         gpt.config.attention = "explicit"
     tokens = torch.arange(gpt.config.block_size)[None] % gpt.config.vocab_size  # (1, T)
     steps = forward_steps(gpt, tokens, tokens, GPT, cfg.backward)
-    table = [["step", "shape", "in numbers", *(["gradient"] if cfg.backward else []), "weights", "FLOPs", "bytes"]]
-    table[0] += ["operation", "model.py", "why"]
-    inside_block = False
-    for step, blocks in fold(steps):
-        if blocks > 1 and not inside_block:
-            table.append([f"each of {blocks} blocks:", *[""] * (len(table[0]) - 1)])
-        inside_block = blocks > 1
-        row = ["  " * inside_block + step.name, step.symbolic, str(step.shape)]
-        row += [str(step.gradient or "-")] if cfg.backward else []
-        row += [f"{number:,}" if number else "-" for number in (step.parameters, step.flops)]
-        table.append([*row, f"{step.bytes:,}", step.operation, str(step.line), step.reason])
-    print_table(table, left=("shape", "in numbers", "operation", "why"))
+    print_table(table_of(steps, cfg.backward), left=("shape", "in numbers", "operation", "why"))
     total = sum(step.parameters for step in steps)
     print(f"{total:,} parameters, {sum(step.flops for step in steps):,} FLOPs forward")
     return [{key: value for key, value in asdict(step).items() if key != "result"} for step in steps]
@@ -210,14 +204,7 @@ def loss(cfg: Explain, origin: dict[str, str]) -> dict[str, Any]:
     if found.windows > 1:
         size = gpt.config.block_size
         print(f"{len(ids)} tokens, read in {found.windows} windows of {size} that overlap by half", file=sys.stderr)
-
-    def shown(pair: tuple[int, float] | None) -> list[Any] | None:
-        return pair and [inside.label(tokenizer, pair[0]), pair[1]]
-
-    numbers = {"tokens": [inside.label(tokenizer, token) for token in ids], "losses": found.losses}
-    numbers["top"] = [pairs and [shown(pair) for pair in pairs] for pairs in found.top]
-    numbers["lens"] = [[shown(pair) for pair in layer] for layer in found.lens]
-    numbers |= {"loss": found.loss, "bits_per_byte": found.bits_per_byte}
+    numbers = found.in_text(ids, tokenizer)
     print_losses(numbers["tokens"], found.losses)
     if len(ids) == 1:
         print("one token: nothing comes before it, so nothing is predicted")
@@ -228,8 +215,41 @@ def loss(cfg: Explain, origin: dict[str, str]) -> dict[str, Any]:
     return numbers
 
 
+def experiment(cfg: Explain, origin: dict[str, str]) -> tuple[list[str], Path]:
+    """Flags for the runs of context or whatif, and their folder: out-context or out-whatif, if none is given."""
+    cfg.out_dir = cfg.out_dir if given(origin, "out_dir") else f"out-{cfg.words[0]}"
+    return [f"--dataset={cfg.dataset}", f"--data_dir={cfg.data_dir}"], Path(cfg.out_dir)
+
+
+def whatif(cfg: Explain, origin: dict[str, str]) -> list[dict[str, Any]]:
+    """Train small models that lack a part, or do it differently; print, draw and explain how well they learn."""
+    from kqv.experiments import whatif, whatif_table
+    from train import main as train_main
+
+    results = whatif(model_module, train_main, *experiment(cfg, origin), cfg.only, cfg.seeds)
+    print_table(whatif_table(results), left=("what is different",))
+    for result in results:
+        print(f"{result['variant']}: {result['outcome']}\n")
+    write(output(cfg, "png"), plots.draw_whatif(results), "picture")
+    return results
+
+
+def context(cfg: Explain, origin: dict[str, str]) -> dict[str, Any]:
+    """Train four models with different positions; print and draw their loss by position, past block_size too."""
+    from kqv.experiments import context, context_table
+    from train import main as train_main
+
+    result = context(model_module, train_main, *experiment(cfg, origin))
+    print_table(context_table(result))
+    for position, explanation in result["explanations"].items():
+        print(f"{position}: {explanation}\n")
+    write(output(cfg, "png"), plots.draw_context(result), "picture")
+    return result
+
+
 def main(cfg: Explain, origin: dict[str, str]) -> None:
     commands = {"shapes": shapes, "attention": attention, "positions": positions, "loss": loss}
+    commands |= {"context": context, "whatif": whatif}
     numbers = commands[cfg.words[0]](cfg, origin)
     if cfg.json:
         write(Path(cfg.json), json.dumps(numbers, ensure_ascii=False) + "\n", "numbers")

@@ -95,6 +95,17 @@ class TokenLosses:
     bits_per_byte: float
     windows: int  # of at most block_size tokens each, in which the text was read
 
+    def in_text(self, ids: list[int], tokenizer: Tokenizer) -> dict[str, Any]:
+        """The same with labels in place of ids, in values that JSON can hold."""
+
+        def labelled(pair: tuple[int, float] | None) -> list[Any] | None:
+            return pair and [label(tokenizer, pair[0]), pair[1]]
+
+        numbers = {"tokens": [label(tokenizer, token) for token in ids], "losses": self.losses}
+        numbers["top"] = [pairs and [labelled(pair) for pair in pairs] for pairs in self.top]
+        numbers["lens"] = [[labelled(pair) for pair in layer] for layer in self.lens]
+        return numbers | {"loss": self.loss, "bits_per_byte": self.bits_per_byte}
+
 
 @torch.inference_mode()
 def token_losses(model: nn.Module, ids: list[int], tokenizer: Tokenizer) -> TokenLosses:
