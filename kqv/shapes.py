@@ -80,7 +80,8 @@ class Recorder(TorchFunctionMode):
             operation = function.__name__.strip("_")
             if operation in SHOWN:
                 numbers = (item for item in [*args, *(kwargs or {}).values()] if isinstance(item, (float, str)))
-                operation = " ".join([operation, *map(str, numbers)])
+                shown = (f"{item:g}" if isinstance(item, float) else item for item in numbers)
+                operation = " ".join([operation, *shown])
             line = self.line()
             if line:
                 self.note(line, operation, inputs, list(results), self.counter.get_total_flops() - before)
