@@ -70,7 +70,7 @@ import torch
 from torch import Tensor
 
 import model as model_module
-from kqv import inside, pages, plots
+from kqv import inside, maps, pages, plots
 from kqv.build import load_trained, model_config
 from kqv.rundir import printable, write_whole
 from kqv.shapes import forward_steps, table_of
@@ -139,29 +139,29 @@ def attention(cfg: Explain, origin: dict[str, str]) -> dict[str, Any]:
         print(f"the first {size} of {len(ids)} tokens, block_size={size} is the longest context", file=sys.stderr)
     ids = ids[:size]
     labels = [inside.label(tokenizer, token) for token in ids]
-    maps = inside.attention_maps(gpt, torch.tensor([ids]), explicit_attention)  # (L, H, T, T)
-    for key, count in (("layer", maps.size(0)), ("head", maps.size(1))):
+    weights = inside.attention_maps(gpt, torch.tensor([ids]), explicit_attention)  # (L, H, T, T)
+    for key, count in (("layer", weights.size(0)), ("head", weights.size(1))):
         if getattr(cfg, key) is not None and getattr(cfg, key) >= count:
             raise UserError(f"{key}={getattr(cfg, key)}: the model has {count} {key}s, from 0 to {count - 1}")
     if cfg.token is not None:
-        list_keys(cfg, tokenizer, ids, labels, maps)
-    numbers = {"tokens": labels, "weights": maps.tolist(), "rollout": inside.rollout(maps).tolist()}
+        list_keys(cfg, tokenizer, ids, labels, weights)
+    numbers = {"tokens": labels, "weights": weights.tolist(), "rollout": inside.rollout(weights).tolist()}
     title = f"attention of {printable(cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from)}"
-    layers = range(maps.size(0)) if cfg.layer is None else [cfg.layer]
-    heads = range(maps.size(1)) if cfg.head is None else [cfg.head]
-    write(output(cfg, "png"), plots.draw_attention(maps, labels, list(layers), list(heads), title), "picture")
+    layers = range(weights.size(0)) if cfg.layer is None else [cfg.layer]
+    heads = range(weights.size(1)) if cfg.head is None else [cfg.head]
+    write(output(cfg, "png"), maps.draw_attention(weights, labels, list(layers), list(heads), title), "picture")
     write(output(cfg, "html"), pages.attention_page(numbers, title), "page")
     return numbers
 
 
-def list_keys(cfg: Explain, tokenizer: Tokenizer, ids: list[int], labels: list[str], maps: Tensor) -> None:
+def list_keys(cfg: Explain, tokenizer: Tokenizer, ids: list[int], labels: list[str], weights: Tensor) -> None:
     """Print the strongest keys of the query cfg.token: of the last token with that text, with or without a space."""
     texts = [tokenizer.decode([token]) for token in ids]
     places = [place for place, text in enumerate(texts) if cfg.token in (text, text.strip(), labels[place])]
     if not places:
         raise UserError(f"token={cfg.token!r}: not a token of the text; it has {' '.join(labels)}")
     query = places[-1]
-    chosen = maps if cfg.layer is None else maps[cfg.layer : cfg.layer + 1]
+    chosen = weights if cfg.layer is None else weights[cfg.layer : cfg.layer + 1]
     chosen = chosen if cfg.head is None else chosen[:, cfg.head : cfg.head + 1]
     table = [["token", "position", "layer", "head", "weight"]]
     for layer, head, key, weight in inside.strongest(chosen, query, count=10):
@@ -184,7 +184,7 @@ def positions(cfg: Explain, origin: dict[str, str]) -> dict[str, Any]:
     similarity = inside.similarity_by_distance(model_module, config, table)
     trained = "" if gpt or config.position != "learned" else ", before training"
     title = f"{config.position} positions{trained}: {config.block_size} positions, {table.size(1)} channels"
-    write(output(cfg, "png"), plots.draw_positions(table, similarity, title), "picture")
+    write(output(cfg, "png"), maps.draw_positions(table, similarity, title), "picture")
     return {"position": config.position, "table": table.tolist(), "similarity": similarity.tolist()}
 
 

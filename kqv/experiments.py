@@ -28,6 +28,7 @@ from kqv.resume import NOT_RESTORED
 from kqv.rundir import LAST, read_run
 from kqv.settings import TrainConfig
 from kqv.signals import StopRequests
+from kqv.tables import Table
 from kqv.tokenizer import from_description
 from kqv.variants import VARIANTS, Variant, in_place
 
@@ -156,6 +157,15 @@ def whatif(
     return results
 
 
+def whatif_table(results: list[dict[str, Any]]) -> Table:
+    """The results as a table, a line for each variant."""
+    table = [["variant", "val loss", "spread", "what is different"]]
+    for result in results:
+        spread = "-" if result["spread"] is None else f"{result['spread']:.4f}"
+        table.append([result["variant"], f"{result['mean']:.4f}", spread, result["title"]])
+    return table
+
+
 # -- why longer contexts fail ------------------------------------------------------------------------------------------
 
 EXPLANATIONS = {"learned": "", "sinusoidal": "", "rope": "", "none": ""}
@@ -203,3 +213,13 @@ def lengthened(model: ModuleType, run: Experiment, block_size: int) -> nn.Module
     for name, weight in gpt.state_dict().items():
         weight[: len(saved["model"][name])] = saved["model"][name]
     return gpt
+
+
+def context_table(result: dict[str, Any]) -> Table:
+    """The result as a table: mean losses over half of block_size positions in each line."""
+    half, losses = max(1, result["block_size"] // 2), result["losses"]
+    table = [["position", *losses]]
+    for first in range(0, len(result["positions"]), half):
+        means = (f"{statistics.mean(values[first : first + half]):.4f}" for values in losses.values())
+        table.append([f"{first + 1} to {first + half}", *means])
+    return table

@@ -1,9 +1,9 @@
-"""Pictures: losses of runs over iterations, tokens and time; attention maps and position tables."""
+"""Plots: losses of runs over iterations, tokens and time; results of experiments."""
 
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kqv.errors import UserError
 from kqv.rundir import PICTURE, RunRecord, read_run, write_whole
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from torch import Tensor
 
 # Okabe and Ito's colours, which the colour-blind can tell apart too; runs differ in their markers as well
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -133,59 +132,62 @@ def limits(runs: list[RunRecord]) -> tuple[float, float]:
     return bottom - margin, ceiling + margin
 
 
-# -- inside a model ----------------------------------------------------------------------------------------------------
+# -- experiments -------------------------------------------------------------------------------------------------------
+
+WIDTH = 1280 / 150  # inches at 150 dpi: as wide as a page
 
 
-def drawable(label: str) -> str:
-    """`label` with each character that matplotlib's font lacks as its code, \\u4e2d say."""
-    from matplotlib import font_manager, ft2font
-
-    font = ft2font.FT2Font(font_manager.findfont("DejaVu Sans"))
-    return "".join(c if ord(c) in font.get_charmap() else c.encode("unicode_escape").decode() for c in label)
-
-
-def draw_attention(maps: "Tensor", labels: list[str], layers: list[int], heads: list[int], title: str) -> bytes:
-    """A PNG of attention maps (L, H, T, T), a panel for each head, a row of panels for each layer.
-
-    Rows of a panel are queries, columns keys; dark is 1. Weights are drawn as their square roots, so that small ones
-    are visible.
-    """
+def draw_whatif(results: list[dict[str, Any]]) -> bytes:
+    """A PNG of what experiments.whatif returned: each seed's loss and the mean, a line a variant, the lowest on top."""
     from matplotlib.figure import Figure
 
-    T, panel = len(labels), min(5.0, max(1.1, 12.8 / len(heads)))  # inches
-    figure = Figure((max(6.4, panel * len(heads) + 1), panel * len(layers) + 1.2), dpi=100, layout="constrained")
-    axes = figure.subplots(len(layers), len(heads), squeeze=False)
-    every = max(1, -(-T * 8 // int(72 * panel)))  # labels of 7 points, with a point between them
-    ticks, names = list(range(0, T, every)), [drawable(label) for label in labels[::every]]
-    for row, layer in enumerate(layers):
-        for column, head in enumerate(heads):
-            ax = axes[row][column]
-            ax.imshow(maps[layer, head].sqrt().numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-            ax.set_title(f"layer {layer}, head {head}", fontsize=8)
-            ax.set_xticks(ticks, names if row == len(layers) - 1 else [], rotation=90, fontsize=7, parse_math=False)
-            ax.set_yticks(ticks, names if column == 0 else [], fontsize=7, parse_math=False)
-            ax.tick_params(length=2)
-    figure.suptitle(f"{title}: rows are queries, columns are keys", fontsize=11, parse_math=False)
+    results = sorted(results, key=lambda result: result["mean"], reverse=True)  # the y axis points upwards
+    figure = Figure((WIDTH, 1.3 + 0.42 * len(results)), dpi=150, layout="constrained")
+    ax = figure.subplots()
+    baseline = next((result["mean"] for result in results if result["variant"] == "dot"), None)
+    if baseline is not None:
+        ax.axvline(baseline, color=COLORS[0], linewidth=1, linestyle="--", label="mean of dot, the baseline")
+    for row, result in enumerate(results):
+        color = COLORS[0] if result["variant"] == "dot" else COLORS[1]
+        losses, first = result["losses"], row == 0
+        ax.plot(losses, [row] * len(losses), "o", color="grey", fillstyle="none", label="one seed" if first else None)
+        ax.plot(result["mean"], row, "|", color=color, markersize=18, markeredgewidth=2.5)
+        spread = "" if result["spread"] is None else f" ± {result['spread']:.3f}"
+        place = {"xytext": (10, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+        ax.annotate(f"{result['mean']:.3f}{spread}", (max(losses), row), **place)
+    ax.plot([], [], "|", color="black", markersize=12, markeredgewidth=2.5, linestyle="none", label="mean")
+    ax.set_yticks(range(len(results)), [f"{result['title']}  [{result['variant']}]" for result in results])
+    ax.set_ylim(-0.6, len(results) - 0.4)
+    ax.margins(x=0.18)
+    ax.set_xlabel("validation loss (nats per token)")
+    finish(figure, ax)
     return as_png(figure)
 
 
-def draw_positions(table: "Tensor", similarity: "Tensor", title: str) -> bytes:
-    """A PNG of a position table, (positions, channels), and of the mean similarity of two positions by distance."""
+def draw_context(result: dict[str, Any]) -> bytes:
+    """A PNG of what experiments.context returned: loss over the position in the window, a line an encoding."""
     from matplotlib.figure import Figure
 
-    figure = Figure((12.8, 5), dpi=100, layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
-    most = float(table.abs().max()) or 1.0
-    image = left.imshow(table.numpy(), cmap="RdBu", vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
-    left.set(xlabel="channel", ylabel="position", title="the table")
-    figure.colorbar(image, ax=left)
-    right.plot(similarity.numpy(), color=COLORS[0])
-    right.axhline(0, color="#888888", linewidth=0.8)
-    right.set(xlabel="distance of two positions", ylabel="mean similarity", title="dot product of unit vectors")
-    right.grid(alpha=0.3)
-    right.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
+    figure = Figure((WIDTH, 5), dpi=150, layout="constrained")
+    ax = figure.subplots()
+    positions, block_size = result["positions"], result["block_size"]
+    for number, (name, losses) in enumerate(result["losses"].items()):
+        style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+        ax.plot(positions, losses, markevery=(number * 3, max(1, len(positions) // 16)), label=name, **style)
+    ax.axvline(block_size, color="black", linewidth=1, linestyle="--", label=f"block_size = {block_size} in training")
+    ax.set_xlim(0, positions[-1])
+    ax.set_xticks(range(0, positions[-1] + 1, max(1, block_size // 2)))
+    ax.set_xlabel("position: tokens that the prediction is made from")
+    ax.set_ylabel("validation loss (nats per token)")
+    finish(figure, ax)
     return as_png(figure)
+
+
+def finish(figure: "Figure", ax: "Axes") -> None:
+    """Add the grid, and the legend below the axes."""
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
 
 
 def as_png(figure: "Figure") -> bytes:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kqv.build import load_trained
-from kqv.plots import drawable
+from kqv.maps import drawable
 from model import GPT, GPTConfig
 from tests.conftest import TINY, command  # noqa: F401
 from tests.test_report import pixels

