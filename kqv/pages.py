@@ -1,26 +1,39 @@
 """Pages to look inside a model: one HTML file each, with its data, that needs no network."""
 
 import json
+import math
 from html import escape
 from pathlib import Path
 from typing import Any
 
-DIGITS = 4  # of numbers in a page: more would only make it larger
+Map = list[list[float]]  # [query][key]
 
 
 def attention_page(numbers: dict[str, Any], title: str) -> str:
     """A page to explore attention maps. `numbers`: "tokens", "weights" [layer][head][query][key], "rollout"."""
-    return fill("attention.html", rounded(numbers), title)
+    weights = [[lower(one) for one in heads] for heads in numbers["weights"]]
+    means = [mean(heads) for heads in weights]  # before rounding, so that their last digit is right
+    data = {"weights": weights, "means": means, "mean": mean(means), "rollout": lower(numbers["rollout"])}
+    return fill("attention.html", {"tokens": numbers["tokens"]} | rounded(data, 3), title)
 
 
 def loss_page(numbers: dict[str, Any], title: str) -> str:
     """A page to explore the loss of each token. `numbers`: "tokens", "losses", "top", "lens", "loss", ..."""
-    return fill("loss.html", rounded(numbers), title)
+    return fill("loss.html", rounded(numbers, 8), title)  # more digits than are shown: rounding twice could be wrong
+
+
+def lower(weights: Map) -> Map:
+    """The rows of a map up to the diagonal: above it all is 0, and would only make a page larger."""
+    return [row[: query + 1] for query, row in enumerate(weights)]
+
+
+def mean(maps: list[Map]) -> Map:
+    return [[sum(cells) / len(maps) for cells in zip(*rows, strict=True)] for rows in zip(*maps, strict=True)]
 
 
 def fill(template: str, data: Any, title: str) -> str:
     """A template of this folder with its title and data in place. Data are inert, whatever text is in them."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":  # so that no tag, and no end of the script, can be in it
         text = text.replace(character, f"\\u{ord(character):04x}")
     page = (Path(__file__).parent / template).read_text(encoding="utf-8")
@@ -28,9 +41,10 @@ def fill(template: str, data: Any, title: str) -> str:
     return before.replace("{{title}}", escape(title)) + text + after
 
 
-def rounded(value: Any) -> Any:
+def rounded(value: Any, digits: int) -> Any:
+    """`value` with each float in it rounded; None for what JSON cannot hold, NaN and infinities."""
     if isinstance(value, float):
-        return round(value, DIGITS)
+        return (round(value, digits) or 0) if math.isfinite(value) else None  # 0 is shorter than 0.0
     if isinstance(value, (list, tuple)):
-        return [rounded(item) for item in value]
-    return {key: rounded(item) for key, item in value.items()} if isinstance(value, dict) else value
+        return [rounded(item, digits) for item in value]
+    return {key: rounded(item, digits) for key, item in value.items()} if isinstance(value, dict) else value

@@ -15,17 +15,20 @@ TOKENS = ["The", "␣pizza", "漢", "🙂", "مرحبا", "\\xe2", "⏎", *HOSTI
 T = len(TOKENS)
 
 
-def attention_numbers() -> dict:
-    scores = torch.randn(3, 2, T, T, generator=torch.Generator().manual_seed(0))
-    weights = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(dim=-1)
-    return {"tokens": TOKENS, "weights": weights.tolist(), "rollout": weights.mean(dim=(0, 1)).tolist()}
+def attention_numbers(tokens: list[str] = TOKENS, layers: int = 3, heads: int = 2) -> dict:
+    size = len(tokens)
+    scores = torch.randn(layers, heads, size, size, generator=torch.Generator().manual_seed(0))
+    weights = scores.masked_fill(torch.ones(size, size).triu(1).bool(), -torch.inf).softmax(dim=-1)
+    rollout = weights[:, 0].prod(dim=0)  # any numbers that are unlike the mean
+    return {"tokens": tokens, "weights": weights.tolist(), "rollout": rollout.tolist()}
 
 
-def loss_numbers() -> dict:
-    top = [None] + [[[TOKENS[(i + n) % T], 0.5 / 2**n] for n in range(5)] for i in range(1, T)]
-    lens = [[None] + [[TOKENS[(i + layer) % T], 0.25] for i in range(1, T)] for layer in range(3)]
-    losses = [None] + [0.5 * i for i in range(1, T)]
-    return {"tokens": TOKENS, "losses": losses, "top": top, "lens": lens, "loss": 3.25, "bits_per_byte": 1.5}
+def loss_numbers(tokens: list[str] = TOKENS, layers: int = 3) -> dict:
+    places = range(1, len(tokens))
+    top = [None] + [[[tokens[i - n], 0.5 / 2**n] for n in range(5)] for i in places]
+    lens = [[None] + [[tokens[i - layer], 0.25] for i in places] for layer in range(layers)]
+    losses = [None] + [0.5 * i for i in places]
+    return {"tokens": tokens, "losses": losses, "top": top, "lens": lens, "loss": 3.25, "bits_per_byte": 1.5}
 
 
 PAGES = {"attention": (attention_page, attention_numbers), "loss": (loss_page, loss_numbers)}
@@ -55,8 +58,41 @@ def test_data_survive_and_are_inert(kind):
     assert [tag for tag, _ in found.tags].count("script") == 2 and len(found.scripts) == 2
     assert json.loads(found.scripts[0])["tokens"] == TOKENS
     assert "<img" not in page and "&lt;b&gt;a &amp; b&lt;/b&gt;" in page
-    assert not any({"src", "href"} & attributes.keys() for _, attributes in found.tags)
-    assert not re.search(r"https?:|url\(|@import|innerHTML|eval\(", page)
+    names = {name for _, attributes in found.tags for name in attributes}
+    assert not [name for name in names if name in ("src", "href", "srcset", "action") or name.startswith("on")]
+    assert not re.search(r"https?:|url\(|@import|import\(|innerHTML|outerHTML|document\.write|eval\(", page)
+
+
+def embedded(page: str) -> dict:
+    return json.loads(Elements(page).scripts[0])
+
+
+def whole(rows: list) -> torch.Tensor:
+    """A map from its rows, which end at the diagonal."""
+    assert [len(row) for row in rows] == list(range(1, T + 1))
+    return torch.tensor([row + [0] * (T - len(row)) for row in rows])
+
+
+def test_the_attention_page_holds_the_maps_and_their_means():
+    numbers = attention_numbers()
+    data, weights = embedded(attention_page(numbers, "")), torch.tensor(numbers["weights"])
+    pairs = [(data["rollout"], torch.tensor(numbers["rollout"])), (data["mean"], weights.mean(dim=(0, 1)))]
+    pairs += zip(data["means"], weights.mean(dim=1), strict=True)
+    for heads, maps in zip(data["weights"], weights, strict=True):
+        pairs += zip(heads, maps, strict=True)
+    assert len(pairs) == 2 + 3 + 3 * 2
+    for rows, expected in pairs:
+        assert torch.allclose(whole(rows), expected, rtol=0, atol=0.00051)
+
+
+def test_the_loss_page_holds_the_numbers():
+    assert embedded(loss_page(loss_numbers(), "")) == loss_numbers()
+    damaged = loss_numbers() | {"loss": float("nan"), "bits_per_byte": float("inf")}  # no JSON
+    assert embedded(loss_page(damaged, "")) == loss_numbers() | {"loss": None, "bits_per_byte": None}
+
+
+def test_a_page_of_gpt2_is_small():
+    assert len(attention_page(attention_numbers(["token"] * 64, 12, 12), "").encode()) < 4e6
 
 
 # -- in a browser ------------------------------------------------------------------------------------------------------
@@ -79,13 +115,24 @@ def browser():
     driver.quit()
 
 
+def wait_until(browser, condition) -> None:
+    """Chromium opens a page, and tells it that something was unfolded or that the colours changed, a little later."""
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    WebDriverWait(browser, 20).until(lambda _: condition())
+
+
 @pytest.fixture
 def open_page(browser, tmp_path):
-    def open_page(kind: str) -> dict:
+    def open_page(kind: str, numbers: dict | None = None) -> dict:
         page_of, numbers_of = PAGES[kind]
-        (tmp_path / "page.html").write_text(page_of(numbers_of(), f"{kind} of out"), encoding="utf-8")
-        browser.get(f"file://{tmp_path / 'page.html'}")
-        return numbers_of()
+        numbers = numbers or numbers_of()
+        (tmp_path / "page.html").write_text(page_of(numbers, f"{kind} of out"), encoding="utf-8")
+        address = (tmp_path / "page.html").as_uri()
+        browser.get(address)
+        loaded = "return document.readyState === 'complete' && location.href === arguments[0]"
+        wait_until(browser, lambda: browser.execute_script(loaded, address))
+        return numbers
 
     yield open_page
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
@@ -120,6 +167,13 @@ def test_the_attention_page_shows_what_a_token_attends_to(browser, open_page):
 
     browser.find_element("id", "rollout").click()
     assert browser.find_element("id", "name").text == "rollout"
+    rollout = numbers["rollout"]
+    reader = max(range(1, T), key=lambda query: rollout[query][1])
+    assert f"attended to by: {TOKENS[reader]} ({reader}) {rollout[reader][1]:.3f}" in says(browser)
+    heads[5].click()  # after the heads of a layer comes their mean
+    assert browser.find_element("id", "name").text == "layer 1, mean of its heads"
+    mean = torch.tensor(numbers["weights"])[1].mean(dim=0)[:, 1]
+    assert f"attended to by: {TOKENS[mean.argmax()]} ({mean.argmax()}) {mean.max():.3f}" in says(browser)
 
 
 def test_the_attention_page_reads_its_map(browser, open_page):
@@ -142,7 +196,8 @@ def test_the_loss_page_shows_a_token_and_its_alternatives(browser, open_page):
     from selenium.webdriver import ActionChains
 
     numbers = open_page("loss")
-    assert f"{T} tokens, loss 3.2500 nats per token, 1.5000 bits per byte" in browser.page_source
+    summary = browser.find_element("id", "summary").text
+    assert summary == f"{T} tokens, loss 3.2500 nats per token, 1.5000 bits per byte"
     assert browser.find_element("id", "token").text.startswith(f"token {T - 1}")  # the largest loss
     tokens = browser.find_elements("css selector", "#tokens button")
     ActionChains(browser).move_to_element(tokens[2]).perform()
@@ -155,4 +210,69 @@ def test_the_loss_page_shows_a_token_and_its_alternatives(browser, open_page):
     ActionChains(browser).move_to_element(tokens[0]).perform()
     assert "Nothing comes before the first token" in browser.find_element("id", "numbers").text
     browser.find_element("tag name", "summary").click()
-    assert len(browser.find_elements("css selector", "#lens tr")) == 1 + 3
+    wait_until(browser, lambda: len(browser.find_elements("css selector", "#lens tr")) == 1 + 3)
+    row = browser.find_elements("css selector", "#lens tr")[2].find_elements("css selector", "th, td")
+    assert [cell.get_property("textContent") for cell in row] == [
+        "layer 1",
+        "",
+        *(pair[0] for pair in numbers["lens"][1][1:]),
+    ]
+
+
+@pytest.mark.parametrize("kind", PAGES)
+def test_the_arrow_keys_move_and_enter_keeps(browser, open_page, kind):
+    from selenium.webdriver import Keys
+
+    open_page(kind)
+    chosen = browser.find_element("css selector", "#tokens button.chosen")
+    assert chosen.text == TOKENS[-1]  # the last token; the one with the largest loss
+    chosen.send_keys(Keys.ARROW_LEFT)
+    browser.switch_to.active_element.send_keys(Keys.ARROW_LEFT)
+    place = T - 3
+    shown = says if kind == "attention" else lambda browser: browser.find_element("id", "token").text
+    assert f"token {place}" in shown(browser)
+    assert browser.switch_to.active_element.text == TOKENS[place]
+    browser.switch_to.active_element.send_keys(Keys.ENTER)
+    browser.switch_to.active_element.send_keys(Keys.ARROW_LEFT)
+    assert f"token {place}" in shown(browser)
+
+
+def test_a_click_on_the_map_keeps_its_query(browser, open_page):
+    from selenium.webdriver import ActionChains
+
+    open_page("attention")
+    canvas = browser.find_element("id", "map")
+    cell, margin = (int(canvas.get_attribute(f"data-{name}")) for name in ("cell", "margin"))
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+    x, y = (margin + int((place + 0.5) * cell) - canvas.size["width"] // 2 for place in (1, 4))
+    ActionChains(browser).move_to_element_with_offset(canvas, x, y).click().perform()
+    assert browser.find_element("css selector", "#tokens [aria-pressed=true]").text == TOKENS[4]
+    ActionChains(browser).move_to_element(browser.find_elements("css selector", "#tokens button")[2]).perform()
+    assert says(browser).startswith(f"{TOKENS[4]} (token 4) attends to")
+
+
+@pytest.mark.parametrize("kind, numbers_of", [("attention", attention_numbers), ("loss", loss_numbers)])
+@pytest.mark.parametrize("tokens", [["t"] * 256, ["long" * 100] * 20, ["one"]], ids=["many", "long", "one"])
+def test_extreme_texts_fit_the_window(browser, open_page, kind, numbers_of, tokens):
+    open_page(kind, numbers_of(tokens, 2))  # open_page compares the page's width with the window's
+    assert len(browser.find_elements("css selector", "#tokens button")) == len(tokens)
+    if kind == "loss":
+        browser.find_element("tag name", "summary").click()
+        wait_until(browser, lambda: len(browser.find_elements("css selector", "#lens tr")) == 1 + 2)
+
+
+def test_dark_mode_draws_on_dark(browser, open_page):
+    def color_of_map() -> list[int]:  # where the first weight is, which is 1
+        cell, margin = (int(canvas.get_attribute(f"data-{name}")) for name in ("cell", "margin"))
+        code = "return [...arguments[0].getContext('2d').getImageData(arguments[1], arguments[1], 1, 1).data]"
+        return browser.execute_script(code, canvas, margin + cell // 2)[:3]
+
+    open_page("attention")
+    canvas = browser.find_element("id", "map")
+    assert color_of_map() == [0, 114, 178]
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    try:
+        wait_until(browser, lambda: color_of_map() == [86, 180, 233])
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
