@@ -168,7 +168,22 @@ def whatif_table(results: list[dict[str, Any]]) -> Table:
 
 # -- why longer contexts fail ------------------------------------------------------------------------------------------
 
-EXPLANATIONS = {"learned": "", "sinusoidal": "", "rope": "", "none": ""}
+# what each encoding did with CONTEXT's settings on the Python standard library, where guessing by how often each
+# character occurs has a loss of 3.27
+EXPLANATIONS = {
+    "learned": "One token past block_size the loss jumps from 1.9 to 2.5, ten tokens later it is 3.5, no better than a "
+    "guess: training never saw these rows of the table, so they still hold their random initial values. A learned "
+    "table ends where training ended.",
+    "sinusoidal": "The formula has a vector for every position, but the layers have learnt to read the first 64 only: "
+    "the loss rises from 2.5 to 3.6, and from position 180 on to 5, worse than a guess. Within the window it is the "
+    "worst of the four, probably because the sines are 35 times as large as the first token embeddings.",
+    "rope": "The loss stays at 1.65 for ten tokens past block_size, is 1.9 at position 100, then jumps to 2.4 and "
+    "drifts to 2.7. No table ends here, but queries and keys meet at distances, so at angles, that they never met in "
+    "training.",
+    "none": "The loss rises slowly and without a jump, from 2.2 at the end of the window to 2.4 at four times its "
+    "length: nothing is new but the number of tokens over which attention is spread. The price is paid within the "
+    "window, 2.1 where rope has 1.7: the order of the tokens can be inferred from the mask alone, and with difficulty.",
+}
 
 
 def context(

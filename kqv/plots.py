@@ -160,6 +160,7 @@ def draw_whatif(results: list[dict[str, Any]]) -> bytes:
     ax.set_ylim(-0.6, len(results) - 0.4)
     ax.margins(x=0.18)
     ax.set_xlabel("validation loss (nats per token)")
+    ax.set_title("What if? The same model, data and steps, one change each")
     finish(figure, ax)
     return as_png(figure)
 
@@ -179,6 +180,7 @@ def draw_context(result: dict[str, Any]) -> bytes:
     ax.set_xticks(range(0, positions[-1] + 1, max(1, block_size // 2)))
     ax.set_xlabel("position: tokens that the prediction is made from")
     ax.set_ylabel("validation loss (nats per token)")
+    ax.set_title("Longer contexts than in training")
     finish(figure, ax)
     return as_png(figure)
 
