@@ -37,7 +37,9 @@ from kqv.variants import VARIANTS, Variant, in_place
 BABY = ("--n_layer=4", "--n_head=4", "--n_embd=128", "--block_size=64", "--dropout=0.1", "--batch_size=12")
 BABY += ("--gradient_accumulation_steps=1", "--learning_rate=3e-3", "--min_lr=3e-4", "--beta2=0.99")
 BABY += ("--device=cpu", "--dtype=float32", "--compile=False", "--eval_iters=20", "--save_interval=50")
-WHATIF = (*BABY, "--max_iters=250", "--eval_interval=250", "--warmup_iters=50", "--attention=explicit")
+# a short window, so that a model without a mask soon finds the next token in it
+WHATIF = (*BABY, "--block_size=32", "--batch_size=16", "--attention=explicit")
+WHATIF += ("--max_iters=300", "--eval_interval=300", "--warmup_iters=50")
 CONTEXT = (*BABY, "--max_iters=1000", "--eval_interval=1000", "--warmup_iters=100", "--dropout=0")
 EVALUATED_LENGTHS = 4  # context measures the loss up to this multiple of block_size
 WINDOWS = 100  # windows of that length, for each of eval_iters
