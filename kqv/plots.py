@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,31 +139,56 @@ WIDTH = 1280 / 150  # inches at 150 dpi: as wide as a page
 
 
 def draw_whatif(results: list[dict[str, Any]]) -> bytes:
-    """A PNG of what experiments.whatif returned: each seed's loss and the mean, a line a variant, the lowest on top."""
+    """A PNG of what experiments.whatif returned: each seed's loss and the mean, a row a variant, the lowest on top."""
     from matplotlib.figure import Figure
 
     results = sorted(results, key=lambda result: result["mean"], reverse=True)  # the y axis points upwards
-    figure = Figure((WIDTH, 1.3 + 0.42 * len(results)), dpi=150, layout="constrained")
-    ax = figure.subplots()
-    baseline = next((result["mean"] for result in results if result["variant"] == "dot"), None)
-    if baseline is not None:
-        ax.axvline(baseline, color=COLORS[0], linewidth=1, linestyle="--", label="mean of dot, the baseline")
-    for row, result in enumerate(results):
-        color = COLORS[0] if result["variant"] == "dot" else COLORS[1]
-        losses, first = result["losses"], row == 0
-        ax.plot(losses, [row] * len(losses), "o", color="grey", fillstyle="none", label="one seed" if first else None)
-        ax.plot(result["mean"], row, "|", color=color, markersize=18, markeredgewidth=2.5)
-        spread = "" if result["spread"] is None else f" ± {result['spread']:.3f}"
-        place = {"xytext": (10, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
-        ax.annotate(f"{result['mean']:.3f}{spread}", (max(losses), row), **place)
-    ax.plot([], [], "|", color="black", markersize=12, markeredgewidth=2.5, linestyle="none", label="mean")
-    ax.set_yticks(range(len(results)), [f"{result['title']}  [{result['variant']}]" for result in results])
-    ax.set_ylim(-0.6, len(results) - 0.4)
-    ax.margins(x=0.18)
-    ax.set_xlabel("validation loss (nats per token)")
-    ax.set_title("What if? The same model, data and steps, one change each")
-    finish(figure, ax)
+    ranges = loss_ranges([loss for result in results for loss in result["losses"]])
+    figure = Figure((WIDTH, 1.6 + 0.4 * len(results)), dpi=150, layout="constrained")
+    widths = {"width_ratios": [1, 3][-len(ranges) :]}
+    axes = figure.subplots(1, len(ranges), sharey=True, squeeze=False, gridspec_kw=widths)[0]
+    for ax, limits in zip(axes, ranges, strict=True):
+        draw_variants(ax, results)
+        ax.set_xlim(limits)
+        ax.locator_params("x", nbins=2 if len(ranges) > 1 and ax is axes[0] else 7)
+        ax.tick_params(labelsize=9)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(results)), [f"{result['variant']}: {result['title']}" for result in results])
+    axes[0].set_ylim(-0.6, len(results) - 0.4)
+    spreads = ["" if result["spread"] is None else f" ± {result['spread']:.3f}" for result in results]
+    means = [f"{result['mean']:.3f}{spread}" for result, spread in zip(results, spreads, strict=True)]
+    right = axes[-1].secondary_yaxis("right")
+    right.set_yticks(range(len(results)), means)
+    right.spines["right"].set_visible(False)
+    right.tick_params(length=0, labelsize=9)
+    axes[-1].set_xlabel("validation loss (nats per token)")
+    heading = "mean ± deviation" if any(spreads) else "mean"
+    axes[-1].text(1.02, 1.01, heading, transform=axes[-1].transAxes, fontsize=9)
+    figure.suptitle("What if? The same data, steps and seeds, one change each")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return as_png(figure)
+
+
+def draw_variants(ax: "Axes", results: list[dict[str, Any]]) -> None:
+    """Draw a row for each variant; the vertical line is the mean of the variant "dot"."""
+    colors = [COLORS[0] if result["variant"] == "dot" else COLORS[1] for result in results]
+    for row, (result, color) in enumerate(zip(results, colors, strict=True)):
+        label = {"label": "one seed"} if row == 0 else {}
+        ax.plot(result["losses"], [row] * len(result["losses"]), "o", color="grey", fillstyle="none", **label)
+        label = {"label": "mean"} if row == 0 else {}
+        ax.plot(result["mean"], row, "|", color=color, markersize=16, markeredgewidth=2.5, **label)
+        if result["variant"] == "dot":
+            ax.axvline(result["mean"], color=color, linewidth=1, linestyle="--", label="the baseline, dot")
+
+
+def loss_ranges(losses: list[float]) -> list[tuple[float, float]]:
+    """Limits of the x axis; of two axes if most of it would be one gap, as below models that see the answer."""
+    losses = sorted(losses)
+    gap, end = max(((b - a, i) for i, (a, b) in enumerate(pairwise(losses), start=1)), default=(0, 0))
+    groups = [losses[:end], losses[end:]] if gap > 0.5 * (losses[-1] - losses[0]) and len(losses) > 4 else [losses]
+    margins = [max(0.05, 0.06 * (group[-1] - group[0])) for group in groups]
+    return [(group[0] - margin, group[-1] + margin) for group, margin in zip(groups, margins, strict=True)]
 
 
 def draw_context(result: dict[str, Any]) -> bytes:
