@@ -72,17 +72,88 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("dot", "causal attention with dot products"),
-    Variant("squares", "scores are products of squares", attention=squares_attention),
-    Variant("unscaled", "scores are not divided by sqrt(D)", attention=unscaled_attention),
-    Variant("other-triangle", "a token sees itself and the future only", attention=other_triangle_attention),
-    Variant("no-mask", "a token sees all tokens", attention=unmasked_attention),
-    Variant("no-residual", "branches replace x, instead of adding to it", block=block_without_residual),
-    Variant("no-positions", "no position embedding", flags=("--position=none",)),
-    Variant("one-head", "one wide head instead of several", flags=("--n_head=1",)),
-    Variant("no-dropout", "no dropout", flags=("--dropout=0",)),
-    Variant("post-norm", "normalisation after each branch", block=post_norm_block),
-    Variant("no-warmup", "the full learning rate from the first step", flags=("--warmup_iters=0",)),
+    Variant(
+        "dot",
+        "causal attention with dot products",
+        "The baseline: 2.33 with a spread of 0.03 over the seeds, so differences below 0.03 say little. Its text has "
+        "the spaces, line ends and endings of Python's words, and few words yet.",
+    ),
+    Variant(
+        "squares",
+        "scores are products of squares",
+        "0.05 worse than dot, and worse with each seed. Scores are never negative, so a query can prefer a token, but "
+        "cannot turn one away, except by raising the scores of all others; that probably is the price.",
+        attention=squares_attention,
+    ),
+    Variant(
+        "unscaled",
+        "scores are not divided by sqrt(D)",
+        "0.14 worse than dot, with each seed. Scores are 5.7 times as large (D is 32), so each step of the optimizer "
+        "moves the softmax that much further, and probably it settles on a few tokens before the model knows which "
+        "ones matter.",
+        attention=unscaled_attention,
+    ),
+    Variant(
+        "other-triangle",
+        "a token sees itself and the future only",
+        "The loss falls to 0.11, because the token to predict is in sight: the model learns to copy it. What is left "
+        "is the last position of the window, which sees itself alone; there generation happens, so the text is "
+        "letters without sense.",
+        attention=other_triangle_attention,
+    ),
+    Variant(
+        "no-mask",
+        "a token sees all tokens",
+        "It cheats: the loss is 0.12, a twentieth of dot's, and the text is nothing but spaces. It has learnt to look "
+        "up the next token; when it generates, there is none to look up, and only 1 in 32 training positions taught "
+        "it to predict.",
+        attention=unmasked_attention,
+    ),
+    Variant(
+        "no-residual",
+        "branches replace x, instead of adding to it",
+        "It learns how often each character occurs and nothing else: guessing from these counts has a loss of 3.27 as "
+        "well. Without the sum a token's identity, and the gradient on its way back, must pass through all eight "
+        "branches.",
+        block=block_without_residual,
+    ),
+    Variant(
+        "no-positions",
+        "no position embedding",
+        "0.03 worse than dot, with each seed, but hardly more than the spread. The causal mask tells the first token "
+        "from the last, because one sees few tokens and the other many; within 32 characters this goes a long way.",
+        flags=("--position=none",),
+    ),
+    Variant(
+        "one-head",
+        "one wide head instead of several",
+        "0.02 worse than dot, with each seed, but less than the spread: 300 steps are too few to need several heads. "
+        "One head reads one mixture of tokens in each layer, four heads read four, with the same number of weights.",
+        flags=("--n_head=1",),
+    ),
+    Variant(
+        "no-dropout",
+        "no dropout",
+        "0.06 better than dot, with each seed. Dropout is against learning by heart, and in 300 steps the model sees "
+        "less than 2% of the text, each part once: there is nothing to learn by heart yet, and dropout is only noise.",
+        flags=("--dropout=0",),
+    ),
+    Variant(
+        "post-norm",
+        "normalisation after each branch",
+        "0.04 better than dot, with each seed, and the least dependent on the seed. With 4 layers and a warm-up the "
+        "original order of 2017 does no harm; the trouble that pre-norm cures is reported for deep stacks, which this "
+        "one is not.",
+        block=post_norm_block,
+    ),
+    Variant(
+        "no-warmup",
+        "the full learning rate from the first step",
+        "0.28 worse than dot, with each seed, although only 50 of the 300 steps differ. Full steps along the first "
+        "gradients, while the optimizer's averages hold nothing yet, take the weights to where the other 250 steps do "
+        "not repair them.",
+        flags=("--warmup_iters=0",),
+    ),
 )
 
 
