@@ -104,7 +104,7 @@ VARIANTS = (
     Variant(
         "no-mask",
         "a token sees all tokens",
-        "It cheats: the loss is 0.12, a twentieth of dot's, and the text is nothing but spaces. It has learnt to look "
+        "It cheats: the loss is 0.12, a twentieth of dot's, and the text is nearly all spaces. It has learnt to look "
         "up the next token; when it generates, there is none to look up, and only 1 in 32 training positions taught "
         "it to predict.",
         attention=unmasked_attention,
@@ -141,7 +141,7 @@ VARIANTS = (
     Variant(
         "post-norm",
         "normalisation after each branch",
-        "0.04 better than dot, with each seed, and the least dependent on the seed. With 4 layers and a warm-up the "
+        "0.04 better than dot, with each seed, and a seventh of its spread. With 4 layers and a warm-up the "
         "original order of 2017 does no harm; the trouble that pre-norm cures is reported for deep stacks, which this "
         "one is not.",
         block=post_norm_block,
