@@ -33,7 +33,7 @@ from kqv.tokenizer import from_description
 from kqv.variants import VARIANTS, Variant, in_place
 
 # A model that 2 CPU cores train in seconds, at a learning rate that is too high without warm-up. On a CPU in float32
-# the same settings give the same numbers to the bit.
+# the same settings give the same numbers to the bit, on one machine with one number of threads.
 BABY = ("--n_layer=4", "--n_head=4", "--n_embd=128", "--block_size=64", "--dropout=0.1", "--batch_size=12")
 BABY += ("--gradient_accumulation_steps=1", "--learning_rate=3e-3", "--min_lr=3e-4", "--beta2=0.99")
 BABY += ("--device=cpu", "--dtype=float32", "--compile=False", "--eval_iters=20", "--save_interval=50")
