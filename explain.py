@@ -67,7 +67,6 @@ SETTINGS = parse_command_line(Explain, __doc__) if __name__ == "__main__" else N
 limit_spinning()
 
 import torch
-from torch import Tensor
 
 import model as model_module
 from kqv import inside, maps, pages, plots
@@ -79,6 +78,7 @@ from kqv.tokenizer import Tokenizer, encode_prompt
 from model import GPT, GPTConfig, explicit_attention
 
 SENTENCE = "The pizza came out of the oven and it tasted good."
+MOST_TOKENS = 256  # in attention maps: the page of more would be too large for a browser
 
 
 def given(origin: dict[str, str], *keys: str) -> bool:
@@ -134,9 +134,9 @@ def attention(cfg: Explain, origin: dict[str, str]) -> dict[str, Any]:
     """Draw the attention maps of all heads, write a page to explore them, and list strong keys of a token."""
     gpt, tokenizer = load(cfg)
     ids = encode(cfg, tokenizer, SENTENCE if cfg.text is None else cfg.text)
-    size = gpt.config.block_size
+    size = min(gpt.config.block_size, MOST_TOKENS)
     if len(ids) > size:
-        print(f"the first {size} of {len(ids)} tokens, block_size={size} is the longest context", file=sys.stderr)
+        print(f"only the first {size} of {len(ids)} tokens: block_size, and at most {MOST_TOKENS}", file=sys.stderr)
     ids = ids[:size]
     labels = [inside.label(tokenizer, token) for token in ids]
     weights = inside.attention_maps(gpt, torch.tensor([ids]), explicit_attention)  # (L, H, T, T)
@@ -154,7 +154,7 @@ def attention(cfg: Explain, origin: dict[str, str]) -> dict[str, Any]:
     return numbers
 
 
-def list_keys(cfg: Explain, tokenizer: Tokenizer, ids: list[int], labels: list[str], weights: Tensor) -> None:
+def list_keys(cfg: Explain, tokenizer: Tokenizer, ids: list[int], labels: list[str], weights: torch.Tensor) -> None:
     """Print the strongest keys of the query cfg.token: of the last token with that text, with or without a space."""
     texts = [tokenizer.decode([token]) for token in ids]
     places = [place for place, text in enumerate(texts) if cfg.token in (text, text.strip(), labels[place])]
@@ -222,7 +222,7 @@ def experiment(cfg: Explain, origin: dict[str, str]) -> tuple[list[str], Path]:
 
 
 def whatif(cfg: Explain, origin: dict[str, str]) -> list[dict[str, Any]]:
-    """Train small models that lack a part, or do it differently; print, draw and explain how well they learn."""
+    """Train small models that lack a part, or do it differently; print, draw and explain how they learn."""
     from kqv.experiments import whatif, whatif_table
     from train import main as train_main
 

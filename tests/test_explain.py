@@ -84,7 +84,7 @@ def test_attention_writes_a_picture_a_page_and_numbers(explain):
 
 def test_long_texts_and_one_token(explain):
     done = explain("attention", "--out_dir=out", f"--text={'keys ' * 9}")
-    assert done.code == 0 and "the first 16 of 45 tokens" in done.err
+    assert done.code == 0 and "only the first 16 of 45 tokens" in done.err
     done = explain("loss", "--out_dir=out", f"--text={'keys ' * 9}")
     assert done.code == 0 and "read in 5 windows of 16" in done.err
     assert explain("attention", "--out_dir=out", "--text=k").code == 0
