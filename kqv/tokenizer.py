@@ -175,7 +175,15 @@ def read_meta_pkl(path: Path) -> dict[str, Any]:
             if opcode.name.endswith("PUT") and argument > len(data):  # pickle allocates a table of that many entries
                 raise ValueError("loading it would fill the memory")
         meta = pickle.loads(data)
-    except (pickle.UnpicklingError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
+    except (
+        pickle.UnpicklingError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        OverflowError,
+    ) as error:
         raise UserError(f"{path}: not a meta.pkl of nanoGPT's: {error}") from None
     match meta:
         case {"vocab_size": int(vocab_size), "itos": dict(itos), "stoi": dict(stoi)}:

@@ -158,6 +158,7 @@ def test_meta_pkl_never_runs_code(tmp_path, protocol):
         pickle.dumps({"vocab_size": 1, "itos": {0: "word"}, "stoi": {"word": 0}}),
         pickle.dumps(meta("")),
         b"}r\xff\xff\xff\x7f.",  # makes the unpickler ask for 32 GB
+        b"\x80\x04\x95" + b"\xff" * 8 + b"}.",  # a frame longer than any memory
         b"X\xff\xff\xff\x7fabc.",
         b"}" + b"(" * 10_000 + b"t" * 10_000 + b"K\x00s.",
     ],
