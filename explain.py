@@ -71,12 +71,15 @@ import torch
 import model as model_module
 from kqv import inside, maps, pages, plots
 from kqv.build import load_trained, model_config
+from kqv.documents import open_text
 from kqv.rundir import printable, write_whole
 from kqv.shapes import forward_steps, table_of
 from kqv.tables import print_losses, print_table
 from kqv.tokenizer import Tokenizer, encode_prompt
-from model import GPT, GPTConfig, explicit_attention
+from model import ATTENTIONS, GPT, GPTConfig, explicit_attention
 
+KINDS = {"png": "picture", "html": "page", "json": "numbers"}
+MODEL = ("out_dir", "init_from")  # settings that name a model
 SENTENCE = "The pizza came out of the oven and it tasted good."
 MOST_TOKENS = 256  # in attention maps: the page of more would be too large for a browser
 
@@ -91,18 +94,27 @@ def load(cfg: Explain) -> tuple[GPT, Tokenizer]:
     return model, tokenizer
 
 
-def output(cfg: Explain, kind: str) -> Path:
-    """The file for a picture ("png") or page ("html"): the one that is given, or one beside the model."""
+def load_or_make(cfg: Explain, origin: dict[str, str]) -> GPT:
+    """The model that is given, or an untrained one with these settings."""
+    if given(origin, *MODEL):
+        return load(cfg)[0]
+    torch.manual_seed(1337)
+    return GPT(model_config(GPTConfig, cfg, cfg.vocab_size))
+
+
+def title(cfg: Explain) -> str:
+    return f"{cfg.words[0]} of {printable(cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from)}"
+
+
+def write(cfg: Explain, kind: str, contents: str | bytes) -> None:
+    """Write a "png", "html" or "json": into the file that is given, or into one beside the model."""
     folder = Path(cfg.out_dir) if cfg.init_from == "resume" and Path(cfg.out_dir).is_dir() else Path()
-    return Path(getattr(cfg, kind) or folder / f"explain-{cfg.words[0]}.{kind}")
-
-
-def write(path: Path, contents: str | bytes, what: str) -> None:
+    path = Path(getattr(cfg, kind) or folder / f"explain-{cfg.words[0]}.{kind}")
     write_whole(path, contents)
-    print(f"{what}: {path}")
+    print(f"{KINDS[kind]}: {path}")
 
 
-def encode(cfg: Explain, tokenizer: Tokenizer, text: str) -> list[int]:
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     ids = encode_prompt(tokenizer, text)
     if not ids:
         raise UserError("text is empty: at least one token is needed")
@@ -114,26 +126,22 @@ def encode(cfg: Explain, tokenizer: Tokenizer, text: str) -> list[int]:
 
 def shapes(cfg: Explain, origin: dict[str, str]) -> list[dict[str, Any]]:
     """Print a line for each step of the forward pass, on a batch of one sequence of block_size tokens."""
-    if given(origin, "out_dir", "init_from"):
-        gpt, _ = load(cfg)
-    else:
-        gpt = GPT(model_config(GPTConfig, cfg, cfg.vocab_size))
-    if not given(origin, "attention"):  # a fused kernel would show no scores
-        for block in gpt.transformer.h:
-            block.attn.attention = explicit_attention
-        gpt.config.attention = "explicit"
+    gpt = load_or_make(cfg, origin)
+    # the fused kernel, in the settings of most models, would show no scores
+    gpt.config.attention = cfg.attention if given(origin, "attention") else "explicit"
+    for block in gpt.transformer.h:
+        block.attn.attention = ATTENTIONS[gpt.config.attention]
     tokens = torch.arange(gpt.config.block_size)[None] % gpt.config.vocab_size  # (1, T)
     steps = forward_steps(gpt, tokens, tokens, GPT, cfg.backward)
     print_table(table_of(steps, cfg.backward), left=("shape", "in numbers", "operation", "why"))
-    total = sum(step.parameters for step in steps)
-    print(f"{total:,} parameters, {sum(step.flops for step in steps):,} FLOPs forward")
+    print(f"{sum(step.parameters for step in steps):,} parameters, {sum(step.flops for step in steps):,} FLOPs forward")
     return [{key: value for key, value in asdict(step).items() if key != "result"} for step in steps]
 
 
 def attention(cfg: Explain, origin: dict[str, str]) -> dict[str, Any]:
     """Draw the attention maps of all heads, write a page to explore them, and list strong keys of a token."""
     gpt, tokenizer = load(cfg)
-    ids = encode(cfg, tokenizer, SENTENCE if cfg.text is None else cfg.text)
+    ids = encode(tokenizer, SENTENCE if cfg.text is None else cfg.text)
     size = min(gpt.config.block_size, MOST_TOKENS)
     if len(ids) > size:
         print(f"only the first {size} of {len(ids)} tokens: block_size, and at most {MOST_TOKENS}", file=sys.stderr)
@@ -146,11 +154,10 @@ def attention(cfg: Explain, origin: dict[str, str]) -> dict[str, Any]:
     if cfg.token is not None:
         list_keys(cfg, tokenizer, ids, labels, weights)
     numbers = {"tokens": labels, "weights": weights.tolist(), "rollout": inside.rollout(weights).tolist()}
-    title = f"attention of {printable(cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from)}"
-    layers = range(weights.size(0)) if cfg.layer is None else [cfg.layer]
-    heads = range(weights.size(1)) if cfg.head is None else [cfg.head]
-    write(output(cfg, "png"), maps.draw_attention(weights, labels, list(layers), list(heads), title), "picture")
-    write(output(cfg, "html"), pages.attention_page(numbers, title), "page")
+    layers = list(range(weights.size(0))) if cfg.layer is None else [cfg.layer]
+    heads = list(range(weights.size(1))) if cfg.head is None else [cfg.head]
+    write(cfg, "png", maps.draw_attention(weights, labels, layers, heads, title(cfg)))
+    write(cfg, "html", pages.attention_page(numbers, title(cfg)))
     return numbers
 
 
@@ -165,26 +172,22 @@ def list_keys(cfg: Explain, tokenizer: Tokenizer, ids: list[int], labels: list[s
     chosen = chosen if cfg.head is None else chosen[:, cfg.head : cfg.head + 1]
     table = [["token", "position", "layer", "head", "weight"]]
     for layer, head, key, weight in inside.strongest(chosen, query, count=10):
-        table.append(
-            [labels[key], str(key), str(layer + (cfg.layer or 0)), str(head + (cfg.head or 0)), f"{weight:.3f}"]
-        )
+        place = (key, layer + (cfg.layer or 0), head + (cfg.head or 0))
+        table.append([labels[key], *map(str, place), f"{weight:.3f}"])
     print(f"the strongest keys of {labels[query]!r}, token {query}:")
     print_table(table)
 
 
 def positions(cfg: Explain, origin: dict[str, str]) -> dict[str, Any]:
     """Draw the position table and how similar two positions are by their distance."""
-    gpt = None
-    if given(origin, "out_dir", "init_from"):
-        gpt, _ = load(cfg)
-    config = gpt.config if gpt else model_config(GPTConfig, cfg, cfg.vocab_size)
-    if config.position == "none":
+    gpt = load_or_make(cfg, origin)
+    if (config := gpt.config).position == "none":
         raise UserError("position='none': this model has no positions; the causal mask alone tells it the order")
-    table = inside.position_table(model_module, config, gpt)
+    table = inside.position_table(model_module, gpt)
     similarity = inside.similarity_by_distance(model_module, config, table)
-    trained = "" if gpt or config.position != "learned" else ", before training"
-    title = f"{config.position} positions{trained}: {config.block_size} positions, {table.size(1)} channels"
-    write(output(cfg, "png"), maps.draw_positions(table, similarity, title), "picture")
+    when = ", before training" if config.position == "learned" and not given(origin, *MODEL) else ""
+    heading = f"{config.position} positions{when}: {config.block_size} positions, {table.size(1)} channels"
+    write(cfg, "png", maps.draw_positions(table, similarity, heading))
     return {"position": config.position, "table": table.tolist(), "similarity": similarity.tolist()}
 
 
@@ -192,26 +195,23 @@ def loss(cfg: Explain, origin: dict[str, str]) -> dict[str, Any]:
     """Print a text with each token coloured by its loss, and write a page with what the model would have said."""
     text = cfg.text
     if len(cfg.words) == 2:
-        try:
-            text = Path(cfg.words[1]).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"{cfg.words[1]}: not UTF-8 text") from None
+        with open_text(Path(cfg.words[1])) as file:
+            text = file.read()
     if text is None:
         raise UserError("which text? explain.py loss FILE, or --text=...")
     gpt, tokenizer = load(cfg)
-    ids = encode(cfg, tokenizer, text)
+    ids = encode(tokenizer, text)
     found = inside.token_losses(gpt, ids, tokenizer)
     if found.windows > 1:
-        size = gpt.config.block_size
-        print(f"{len(ids)} tokens, read in {found.windows} windows of {size} that overlap by half", file=sys.stderr)
+        windows = f"{found.windows} windows of {gpt.config.block_size} that overlap by half"
+        print(f"{len(ids)} tokens, read in {windows}", file=sys.stderr)
     numbers = found.in_text(ids, tokenizer)
     print_losses(numbers["tokens"], found.losses)
     if len(ids) == 1:
         print("one token: nothing comes before it, so nothing is predicted")
     else:
         print(f"loss {found.loss:.4f} nats per token, {found.bits_per_byte:.4f} bits per byte, {len(ids)} tokens")
-    title = f"loss of {printable(cfg.out_dir if cfg.init_from == 'resume' else cfg.init_from)}"
-    write(output(cfg, "html"), pages.loss_page(numbers, title), "page")
+    write(cfg, "html", pages.loss_page(numbers, title(cfg)))
     return numbers
 
 
@@ -230,7 +230,7 @@ def whatif(cfg: Explain, origin: dict[str, str]) -> list[dict[str, Any]]:
     print_table(whatif_table(results), left=("what is different",))
     for result in results:
         print(f"{result['variant']}: {result['outcome']}\n")
-    write(output(cfg, "png"), plots.draw_whatif(results), "picture")
+    write(cfg, "png", plots.draw_whatif(results))
     return results
 
 
@@ -243,7 +243,7 @@ def context(cfg: Explain, origin: dict[str, str]) -> dict[str, Any]:
     print_table(context_table(result))
     for position, explanation in result["explanations"].items():
         print(f"{position}: {explanation}\n")
-    write(output(cfg, "png"), plots.draw_context(result), "picture")
+    write(cfg, "png", plots.draw_context(result))
     return result
 
 
@@ -252,7 +252,7 @@ def main(cfg: Explain, origin: dict[str, str]) -> None:
     commands |= {"context": context, "whatif": whatif}
     numbers = commands[cfg.words[0]](cfg, origin)
     if cfg.json:
-        write(Path(cfg.json), json.dumps(numbers, ensure_ascii=False) + "\n", "numbers")
+        write(cfg, "json", json.dumps(numbers, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

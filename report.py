@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar
 
 from kqv import cli
 from kqv.errors import UserError
+from kqv.pages import frame
 from kqv.plots import draw
 from kqv.rundir import METRICS, PICTURE, RunRecord, printable, read_run, write_whole
 from kqv.tables import Table, print_table, transposed
@@ -97,27 +98,14 @@ def settings_tables(run: RunRecord) -> tuple[Table, Table]:
 
 # -- the page ----------------------------------------------------------------------------------------------------------
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; }}
-div {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }}
-th, td {{ padding: .3rem .8rem; border-bottom: 1px solid #8886; text-align: right; }}
-th:first-child, td:first-child {{ text-align: left; }}
-img {{ max-width: 100%; background: white; border-radius: .5rem; }}
+STYLE = """<style>
+body { max-width: 80rem; margin: 2rem auto; }
+div { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #8886; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; background: white; border-radius: .5rem; }
 </style>
-</head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
 """
 
 
@@ -129,7 +117,7 @@ def page(runs: list[RunRecord], picture: bytes) -> str:
     if len(runs) == 1 and runs[0].recorded:
         given, rest = settings_tables(runs[0])
         body += [table_html(given), f"<details><summary>all other settings</summary>{table_html(rest)}</details>"]
-    return PAGE.format(title=escape(title), body="\n".join(body))
+    return frame(title, STYLE, "\n".join(body) + "\n")
 
 
 def table_html(table: Table) -> str:

@@ -56,27 +56,26 @@ class Experiment:
     variant: Variant
     cfg: TrainConfig
     origin: dict[str, str]
+    finished: bool  # when it was parsed
 
     @classmethod
     def of(cls, variant: Variant, flags: list[str], out_dir: Path) -> "Experiment":
         """Parse the flags; later ones win. Raises UserError if out_dir has a run with other settings."""
         cfg, origin = parse(TrainConfig, [*flags, f"--out_dir={out_dir}", "--init_from=auto"])
+        finished = False
         if (out_dir / LAST).exists():
-            before = checkpoint.load(out_dir / LAST, mmap=True)["config"]
+            saved = checkpoint.load(out_dir / LAST, mmap=True)
+            before, finished = saved["config"], saved["iter_num"] >= cfg.max_iters
             given = {key for key, source in origin.items() if source != "default"} - NOT_RESTORED
             for key in sorted(given & before.keys()):
                 if before[key] != getattr(cfg, key):
                     trained = f"{out_dir} was trained with {before[key]}"
                     raise UserError(f"{key}={getattr(cfg, key)!r}: {trained}; give another folder")
-        return cls(variant, cfg, origin)
+        return cls(variant, cfg, origin, finished)
 
     @property
     def folder(self) -> Path:
         return Path(self.cfg.out_dir)
-
-    def finished(self) -> bool:
-        path = self.folder / LAST
-        return path.exists() and checkpoint.load(path, mmap=True)["iter_num"] >= self.cfg.max_iters
 
     def val_loss(self) -> float:
         """The last validation loss that the run recorded."""
@@ -105,7 +104,7 @@ def train_all(
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     stop = StopRequests()  # one for all runs, so that a signal between two of them is not lost
-    left, began = [run for run in experiments if not run.finished()], time.monotonic()
+    left, began = [run for run in experiments if not run.finished], time.monotonic()
     if len(left) < len(experiments):
         say(f"{len(experiments) - len(left)} of {len(experiments)} runs are finished already")
     with (out_dir / "log.txt").open("a", encoding="utf-8") as log:
@@ -213,7 +212,7 @@ def losses_by_position(model: ModuleType, run: Experiment) -> list[float]:
     val = open_dataset(run.cfg.data_dir, run.cfg.dataset, gpt.config.block_size, 1).splits["val"]
     total, count = torch.zeros(2, gpt.config.block_size, dtype=torch.float64)  # (4 T) each
     for _, x, y in val.eval_batches(val.eval_windows(WINDOWS * run.cfg.eval_iters)):  # (B, 4 T) each
-        logits = gpt(x, y)[0].transpose(1, 2)  # (B, V, 4 T)
+        logits = gpt.lm_head(gpt.hidden_states(gpt.transformer.wte(x))).transpose(1, 2)  # (B, V, 4 T)
         total += F.cross_entropy(logits, y, reduction="none", ignore_index=-1).double().sum(0)
         count += (y >= 0).sum(0)
     return (total / count).tolist()

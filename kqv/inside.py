@@ -125,11 +125,11 @@ def token_losses(model: nn.Module, ids: list[int], tokenizer: Tokenizer) -> Toke
         first = len(losses) - 1 - start  # earlier positions were read in the window before
         targets = torch.tensor(window[first + 1 :], dtype=torch.int64)  # (n)
         for layer, hidden in enumerate(layers):
-            hidden = hidden[first : first + len(targets)]  # (n, C)
-            probs = F.softmax(model.lm_head(hidden).float()[:, : tokenizer.vocab_size], dim=-1)  # (n, V)
+            logits = model.lm_head(hidden[first : first + len(targets)]).float()  # (n, V)
+            probs = F.softmax(logits[:, : tokenizer.vocab_size], dim=-1)  # (n, V)
             best = probs.max(dim=-1)
             lens[layer] += zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        logits = model.lm_head(hidden).float()  # (n, V) of the last layer: the model's own
+        # logits and probs are now the last layer's, the model's own
         losses += F.cross_entropy(logits, targets, reduction="none").tolist()
         likeliest = probs.topk(min(TOP, tokenizer.vocab_size))
         for indices, values in zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True):
@@ -156,19 +156,13 @@ def hidden_by_layer(model: nn.Module, idx: Tensor) -> list[Tensor]:
 # -- positions ---------------------------------------------------------------------------------------------------------
 
 
-def position_table(model_module: Any, config: Any, model: nn.Module | None) -> Tensor:
-    """One row for each position: learned or sinusoidal (block_size, C), or rope's cosines and sines (block_size, 2 D).
-
-    A learned table is the model's; without a model it is what training starts from.
-    """
+def position_table(model_module: Any, model: nn.Module) -> Tensor:
+    """A model's positions, a row for each: its table (block_size, C), or rope's cosines and sines (block_size, 2 D)."""
+    config = model.config
     if config.position == "rope":
         pos = torch.arange(config.block_size)
         return torch.cat(model_module.rotary_table(pos, config.head_dim, config.rope_theta), dim=1)
-    if config.position == "sinusoidal" and model is None:
-        return model_module.sinusoidal_table(config.block_size, config.n_embd)
-    if model is not None:
-        return model.transformer.wpe.weight.detach().float()
-    return torch.randn(config.block_size, config.n_embd, generator=torch.Generator().manual_seed(1337)) * 0.02
+    return model.transformer.wpe.weight.detach().float()
 
 
 def similarity_by_distance(model_module: Any, config: Any, table: Tensor) -> Tensor:

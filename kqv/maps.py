@@ -1,8 +1,9 @@
 """Pictures of what is inside a model: attention maps, position tables."""
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from kqv.plots import COLORS, as_png
+from kqv.plots import COLORS, as_png, open_axes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -10,10 +11,15 @@ if TYPE_CHECKING:
 
 def drawable(label: str) -> str:
     """`label` with each character that matplotlib's font lacks as its code, \\u4e2d say."""
+    return "".join(c if ord(c) in glyphs() else c.encode("unicode_escape").decode() for c in label)
+
+
+@lru_cache
+def glyphs() -> dict[int, int]:
+    """The code points that matplotlib's font has."""
     from matplotlib import font_manager, ft2font
 
-    font = ft2font.FT2Font(font_manager.findfont("DejaVu Sans"))
-    return "".join(c if ord(c) in font.get_charmap() else c.encode("unicode_escape").decode() for c in label)
+    return ft2font.FT2Font(font_manager.findfont("DejaVu Sans")).get_charmap()
 
 
 def draw_attention(maps: "Tensor", labels: list[str], layers: list[int], heads: list[int], title: str) -> bytes:
@@ -54,7 +60,6 @@ def draw_positions(table: "Tensor", similarity: "Tensor", title: str) -> bytes:
     right.plot(similarity.numpy(), color=COLORS[0])
     right.axhline(0, color="#888888", linewidth=0.8)
     right.set(xlabel="distance of two positions", ylabel="mean similarity", title="dot product of unit vectors")
-    right.grid(alpha=0.3)
-    right.spines[["top", "right"]].set_visible(False)
+    open_axes(right)
     figure.suptitle(title)
     return as_png(figure)

@@ -1,4 +1,4 @@
-"""Pages to look inside a model: one HTML file each, with its data, that needs no network."""
+"""Pages: one HTML file each, with its data, that needs no network. Those to look inside a model, and their frame."""
 
 import json
 import math
@@ -7,6 +7,30 @@ from pathlib import Path
 from typing import Any
 
 Map = list[list[float]]  # [query][key]
+FRAME = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 1rem auto; padding: 0 1rem; }}
+</style>
+{style}</head>
+<body>
+<h1>{title}</h1>
+{body}</body>
+</html>
+"""
+STYLE = """<style>
+:root { --mark: #0072b2; }
+@media (prefers-color-scheme: dark) { :root { --mark: #56b4e9; } }
+h1 { font-size: 1.4rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
+p { margin: .5rem 0; }
+.box { overflow: auto; }
+</style>
+"""
 
 
 def attention_page(numbers: dict[str, Any], title: str) -> str:
@@ -32,13 +56,18 @@ def mean(maps: list[Map]) -> Map:
 
 
 def fill(template: str, data: Any, title: str) -> str:
-    """A template of this folder with its title and data in place. Data are inert, whatever text is in them."""
+    """A page from a template of this folder, a style element and a body. Data are inert, whatever text is in them."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":  # so that no tag, and no end of the script, can be in it
         text = text.replace(character, f"\\u{ord(character):04x}")
-    page = (Path(__file__).parent / template).read_text(encoding="utf-8")
-    before, _, after = page.partition("{{data}}")
-    return before.replace("{{title}}", escape(title)) + text + after
+    style, end, body = (Path(__file__).parent / template).read_text(encoding="utf-8").partition("</style>\n")
+    before, _, after = body.partition("{{data}}")
+    return frame(title, STYLE + style + end, before + text + after)
+
+
+def frame(title: str, style: str, body: str) -> str:
+    """A whole page: `style` is one or more style elements, `body` what follows the title, both HTML."""
+    return FRAME.format(title=escape(title), style=style, body=body)
 
 
 def rounded(value: Any, digits: int) -> Any:

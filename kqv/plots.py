@@ -55,8 +55,7 @@ def draw(runs: list[RunRecord]) -> bytes:
         ax.set_xlabel(label)
         ax.xaxis.set_major_formatter("{x:,.10g}")
         ax.set_xlim(left=0)
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
+        open_axes(ax)
     axes[0].set_ylabel("loss (nats per token)")
     axes[0].set_ylim(limits(runs))
     labels = [f"{run.name}: {describe_best(run)}" for run in runs]
@@ -147,13 +146,12 @@ def draw_whatif(results: list[dict[str, Any]]) -> bytes:
     figure = Figure((WIDTH, 1.6 + 0.4 * len(results)), dpi=150, layout="constrained")
     widths = {"width_ratios": [1, 3][-len(ranges) :]}
     axes = figure.subplots(1, len(ranges), sharey=True, squeeze=False, gridspec_kw=widths)[0]
-    for ax, limits in zip(axes, ranges, strict=True):
+    for ax, ends in zip(axes, ranges, strict=True):
         draw_variants(ax, results)
-        ax.set_xlim(limits)
+        ax.set_xlim(ends)
         ax.locator_params("x", nbins=2 if len(ranges) > 1 and ax is axes[0] else 7)
         ax.tick_params(labelsize=9)
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
+        open_axes(ax)
     axes[0].set_yticks(range(len(results)), [f"{result['variant']}: {result['title']}" for result in results])
     axes[0].set_ylim(-0.6, len(results) - 0.4)
     spreads = ["" if result["spread"] is None else f" ± {result['spread']:.3f}" for result in results]
@@ -207,15 +205,15 @@ def draw_context(result: dict[str, Any]) -> bytes:
     ax.set_xlabel("position: tokens that the prediction is made from")
     ax.set_ylabel("validation loss (nats per token)")
     ax.set_title("Longer contexts than in training")
-    finish(figure, ax)
+    open_axes(ax)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
     return as_png(figure)
 
 
-def finish(figure: "Figure", ax: "Axes") -> None:
-    """Add the grid, and the legend below the axes."""
+def open_axes(ax: "Axes") -> None:
+    """Draw a faint grid, and no frame above and to the right."""
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=5, frameon=False)
 
 
 def as_png(figure: "Figure") -> bytes:

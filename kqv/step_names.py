@@ -2,20 +2,17 @@
 
 # What a line of model.py does: a part of its text -> (name, reason). A name for each of several results.
 STEPS: dict[str, tuple[str, str]] = {
-    "self.transformer.wte(idx)": ("token embedding", "looks up a vector for each token"),
     "pos = torch.arange": ("positions", "numbers the tokens"),
     "self.transformer.wpe(pos)": ("+ position embedding", "adds a vector for each position, so that order matters"),
     "frequency =": ("rope frequencies", "a speed for each pair of channels: fast ones tell near, slow ones far"),
     "angle = torch.outer": ("rope angles", "position times frequency"),
     "return angle.cos(), angle.sin()": ("rope cos | rope sin", "what a turn by the angle needs"),
-    "x = self.transformer.drop(x)": ("embedding dropout", "sets random channels to zero in training"),
     "padded = F.pad": ("short convolution: padded", "zeros stand before the first token"),
     "x = x + weight * padded": ("short convolution", "adds an earlier token, weighted by channel"),
     "self.attn(self.ln_1(x)": ("+ attention (residual)", "attention only adds to the stream"),
     "self.mlp(self.conv_2(self.ln_2(x)": ("+ MLP (residual)", "the MLP only adds to the stream"),
     "qkv = self.c_attn(x)": ("cut into heads", "each head works on D channels of its own"),
     "q, k, v = qkv.split": ("queries Q | keys K | values V", "looks for | is found by | passes on"),
-    "q, k = self.q_norm(q)": ("normalised queries | normalised keys", "keeps the scores from growing"),
     "return (x * cos": ("turned by position (rope)", "so that a score depends on the distance between two tokens"),
     "k = k.repeat_interleave": ("keys for each head", "heads that share a key head get copies"),
     "v = v.repeat_interleave": ("values for each head", "heads that share a value head get copies"),
@@ -27,18 +24,14 @@ STEPS: dict[str, tuple[str, str]] = {
     "return dropout(weights) @ v": ("weighted values", "each token reads the mixture of values"),
     "F.scaled_dot_product_attention": ("fused attention", "scores, mask, softmax and values in one kernel"),
     "y = y.transpose(1, 2)": ("heads joined", "the heads' results side by side"),
-    "self.c_proj(y)": ("attention projection", "mixes the heads' results"),
     "self.activation(self.c_fc(x))": ("MLP activation", "without it two linear layers would be one"),
     "return x * x": ("squared ReLU", "x² for positive x, else 0"),
     "x = F.relu(x)": ("ReLU", "sets negative numbers to zero"),
     "gate, up = x.chunk": ("gate | up", "two halves of the first product"),
     "return F.silu(gate) * up": ("SwiGLU", "the gate decides what of `up` passes"),
-    "self.c_proj(x)": ("MLP projection", "back to the width of the stream"),
-    "logits = self.lm_head(x)": ("logits", "a score for each token of the vocabulary"),
-    "return self.transformer.ln_f(x)": ("final norm", "what the head reads has one size"),
     "F.cross_entropy": ("loss", "mean of -log(probability of the token that did come next)"),
 }
-# the same for a module of PyTorch or a norm that such a line calls, by the end of its name
+# The same for a module of PyTorch or a norm that a line calls, by the end of its name. It wins over the line.
 MODULES = {
     "ln_1": ("norm", "gives the attention inputs of one size"),
     "ln_2": ("norm", "gives the MLP inputs of one size"),
@@ -51,9 +44,9 @@ MODULES = {
     "attn.c_proj": ("attention projection", "mixes the heads' results"),
     "resid_dropout": ("attention dropout", "sets random channels to zero in training"),
     "attn_dropout": ("dropout of weights", "forgets random tokens in training"),
-    "wte": STEPS["self.transformer.wte(idx)"],
+    "wte": ("token embedding", "looks up a vector for each token"),
     "wpe": ("position embedding", "looks up a vector for each position"),
-    "drop": STEPS["x = self.transformer.drop(x)"],
-    "lm_head": STEPS["logits = self.lm_head(x)"],
+    "drop": ("embedding dropout", "sets random channels to zero in training"),
+    "lm_head": ("logits", "a score for each token of the vocabulary"),
     "c_attn": ("Q, K, V of all heads", "one product computes queries, keys and values of each token"),
 }

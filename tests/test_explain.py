@@ -62,6 +62,7 @@ def test_shapes_of_a_model_are_its_own(explain):
     assert done.code == 0 and "turned by position (rope)" in done.out and "(B, G, T, D)" in done.out
     assert "gradient" in done.out.splitlines()[0]
     assert "fused attention" in explain("shapes", "--out_dir=out", "--attention=sdpa").out
+    assert "attention weights" in explain("shapes", "--out_dir=out", "--attention=explicit").out
 
 
 def test_attention_writes_a_picture_a_page_and_numbers(explain):

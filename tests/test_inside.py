@@ -141,7 +141,7 @@ def test_labels_can_be_seen(gpt2_bpe):
 
 def test_similarity_of_positions():
     config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=20, vocab_size=9, position="sinusoidal")
-    table = position_table(model_module, config, None)
+    table = position_table(model_module, GPT(config))
     assert table.shape == (20, 16)
     distances = torch.arange(20.0)
     frequencies = 10000 ** (-torch.arange(0, 16, 2) / 16)
@@ -149,7 +149,7 @@ def test_similarity_of_positions():
     torch.testing.assert_close(similarity_by_distance(model_module, config, table), expected, rtol=0, atol=1e-5)
 
     rope = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=20, vocab_size=9, position="rope", rope_theta=500.0)
-    table = position_table(model_module, rope, None)
+    table = position_table(model_module, GPT(rope))
     assert table.shape == (20, 16)  # 8 cosines, 8 sines
     frequencies = 500 ** (-torch.arange(0, 8, 2) / 8)
     expected = torch.cos(torch.outer(distances, frequencies)).mean(dim=1)
@@ -158,5 +158,5 @@ def test_similarity_of_positions():
 
 def test_a_learned_table_is_the_models():
     model = make()
-    assert torch.equal(position_table(model_module, model.config, model), model.transformer.wpe.weight)
-    assert position_table(model_module, SMALL, None).shape == (16, 32)
+    assert torch.equal(position_table(model_module, model), model.transformer.wpe.weight)
+    assert position_table(model_module, GPT(SMALL)).shape == (16, 32)
