@@ -24,7 +24,7 @@ from kqv.optim import make_optimizers
 from kqv.settings import TrainConfig
 
 PARTS = ("weights", "optimizer", "gradients", "activations", "temporary")
-COUNTED_LAYERS = 12  # a deeper model is counted with 12 and with 11 layers: each further layer needs the difference
+COUNTED_LAYERS = 3  # a deeper model is counted with 3 and with 2 layers: each further layer needs the difference
 MODULES = {"conv_": "convolutions", "ln_": "norms", "_norm": "norms", "attn": "attention", "mlp": "MLP"}
 
 Moments = dict[str, dict[str, int]]  # phase of a step -> part -> bytes at the peak of that phase
