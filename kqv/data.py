@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from kqv import ROOT
 from kqv.errors import UserError
@@ -132,6 +133,8 @@ class Split:
                     f"block_size={block_size}: {path} has {len(shard):,} tokens and must have more; "
                     f"the longest block_size that fits is {len(shard) - 1}"
                 )
+        # (n - T, T + 1) each, views: indexing them copies a batch of windows faster than a loop over slices
+        self.views = [sliding_window_view(shard, block_size + 1) for shard in self.shards]
         self.windows = np.array([max(1, (len(shard) - block_size) // block_size) for shard in self.shards])
         self.epoch = lru_cache(maxsize=2)(self._epoch)
 
@@ -154,19 +157,19 @@ class Split:
 
         T, bounds = self.block_size, self.windows.cumsum()
         total = int(bounds[-1])
-        tokens = np.empty((batch_size, T + 1), dtype=np.int64)  # before the loop, so that too large a batch fails now
+        tokens = np.empty((batch_size, T + 1), dtype=self.shards[0].dtype)  # too large a batch fails here
         for epoch in range(first // total, (first + batch_size - 1) // total + 1):
             order, offsets = self.epoch(seed, epoch)
             begin = epoch * total  # the epoch's first sequence
             windows = order[max(first - begin, 0) : first + batch_size - begin].astype(np.int64)
             shards = np.searchsorted(bounds, windows, side="right")
             starts = offsets[shards] + (windows - (bounds - self.windows)[shards]) * T
-            rows = tokens[max(begin - first, 0) :]
-            for row, shard, start in zip(rows, shards.tolist(), starts.tolist(), strict=False):
-                row[:] = self.shards[shard][start : start + T + 1]
+            rows = tokens[max(begin - first, 0) :][: len(windows)]
+            for shard in set(shards.tolist()):
+                chosen = shards == shard
+                rows[chosen] = self.views[shard][starts[chosen]]
         check_ids(tokens, self.vocab_size, self.path)
-        tokens = torch.from_numpy(tokens)
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return torch.from_numpy(tokens[:, :-1].astype(np.int64)), torch.from_numpy(tokens[:, 1:].astype(np.int64))
 
     def eval_windows(self, limit: int = 0) -> np.ndarray:
         """(n, 2), shard and start of each: adjacent windows over the whole split, or `limit` of them, evenly spaced."""
