@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors as flatten
+from torch._utils import _unflatten_dense_tensors as unflatten
 
 from kqv.distributed import distribute_like
 from kqv.errors import UserError
@@ -38,40 +40,56 @@ class Muon(torch.optim.Optimizer):
     """Momentum SGD with an orthogonalised update, so that a matrix learns rare directions as fast as frequent ones.
 
     Jordan et al. 2024, kellerjordan.github.io/posts/muon. Differs from torch.optim.Muon in three ways: the coefficients
-    are the Polar Express's, matrices of one shape are updated together in `dtype`, and with found_inf = 1 a step
-    changes nothing, as with fused AdamW.
+    are the Polar Express's, all matrices are updated together, in few kernels with products in `dtype`, and with
+    found_inf = 1 a step changes nothing, as with fused AdamW.
     """
 
     found_inf: Tensor | None = None
 
     def __init__(self, matrices: list[Tensor], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype):
-        shapes = dict.fromkeys(matrix.shape for matrix in matrices)
-        groups = [{"params": [matrix for matrix in matrices if matrix.shape == shape]} for shape in shapes]
+        self.shapes = list(dict.fromkeys(matrix.shape for matrix in matrices))
+        groups = [{"params": [matrix for matrix in matrices if matrix.shape == shape]} for shape in self.shapes]
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype
+        self.matrices = [matrix for group in groups for matrix in group["params"]]
+        self.momentum = matrices[0].new_zeros(sum(matrix.numel() for matrix in matrices))  # of all, one after the other
+        self.point_states_at_momentum()
+
+    def point_states_at_momentum(self) -> None:
+        for matrix, view in zip(self.matrices, unflatten(self.momentum, self.matrices), strict=True):
+            if "momentum_buffer" in self.state[matrix]:  # as it was loaded
+                view.copy_(self.state[matrix]["momentum_buffer"])
+            self.state[matrix]["momentum_buffer"] = view
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.momentum.zero_()
+        self.point_states_at_momentum()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        bad = None if self.found_inf is None else self.found_inf > 0
-        for group in self.param_groups:
-            matrices, momentum = group["params"], group["momentum"]
-            lr = group["lr"] if bad is None else group["lr"] * ~bad
-            kept = 1 - lr * group["weight_decay"]
-            updates = []
-            for matrix in matrices:
-                state, gradient = self.state[matrix], matrix.grad
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(matrix)
-                buffer = state["momentum_buffer"]
-                if bad is not None:  # a bad step changes nothing; decided on the device, without waiting for it
-                    gradient = torch.where(bad, buffer, gradient)
-                buffer.lerp_(gradient, 1 - momentum)
-                updates.append(gradient.lerp(buffer, momentum))  # Nesterov momentum
-            updates = torch.stack(updates)  # (n, rows, columns); frees the list before more memory is needed
-            updates = orthogonalize(updates, self.dtype)
-            updates *= -lr * math.sqrt(max(1, updates.size(1) / updates.size(2)))
-            for matrix, update in zip(matrices, updates, strict=True):
-                matrix.mul_(kept).add_(update)
+        settings = self.param_groups[0]  # the groups differ in nothing but the shape
+        lr, momentum = settings["lr"], settings["momentum"]
+        gradient = flatten([matrix.grad for matrix in self.matrices])  # (N)
+        if self.found_inf is not None:  # a bad step changes nothing; decided on the device, without waiting for it
+            bad = self.found_inf > 0
+            torch.where(bad, self.momentum, gradient, out=gradient)
+            lr = lr * ~bad
+        self.momentum.lerp_(gradient, 1 - momentum)
+        update = gradient.lerp_(self.momentum, momentum)  # Nesterov momentum
+        sizes = [
+            len(group["params"]) * shape.numel() for group, shape in zip(self.param_groups, self.shapes, strict=True)
+        ]
+        stacks = [part.view(-1, *shape) for part, shape in zip(update.split(sizes), self.shapes, strict=True)]
+        for stack in stacks:  # (n, rows, columns)
+            tall = stack.size(1) > stack.size(2)
+            x = stack.mT if tall else stack
+            x.copy_(orthogonalize(x, self.dtype))
+            if tall:
+                stack *= math.sqrt(stack.size(1) / stack.size(2))
+        update *= -lr
+        torch._foreach_mul_(self.matrices, 1 - lr * settings["weight_decay"])
+        torch._foreach_add_(self.matrices, unflatten(update, self.matrices))
 
 
 # (a, b, c) of each step of the Polar Express (Amsel et al. 2025, arXiv:2505.16932). Together they map singular values
@@ -86,18 +104,18 @@ SAFETY = 1.01
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Replace the singular values of each matrix (n, rows, columns) by about 1, without computing them.
+    """Replace the singular values of each matrix (n, rows, columns) by about 1, without computing them; in `dtype`.
 
-    Each step applies p(x) = a x + b x^3 + c x^5 to all singular values at once, by matrix products alone.
+    Each step applies p(x) = a x + b x^3 + c x^5 to all singular values at once, by matrix products alone. They are
+    fewest if no matrix is taller than wide.
     """
-    tall = matrices.size(1) > matrices.size(2)
-    x = (matrices.mT if tall else matrices).to(dtype)
+    x = matrices.to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
     for a, b, c in POLAR_EXPRESS:
         a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
-        gram = x @ x.mT  # (n, rows, rows)
+        gram = torch.bmm(x, x.mT)  # (n, rows, rows)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(matrices.dtype)
+    return x
 
 
 def make_optimizers(model: nn.Module, cfg: TrainConfig, product_dtype: torch.dtype) -> dict[str, torch.optim.Optimizer]:
