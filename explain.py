@@ -128,7 +128,7 @@ def shapes(cfg: Explain, origin: dict[str, str]) -> list[dict[str, Any]]:
     """Print a line for each step of the forward pass, on a batch of one sequence of block_size tokens."""
     gpt = load_or_make(cfg, origin)
     # the fused kernel, in the settings of most models, would show no scores
-    gpt.config.attention = cfg.attention if given(origin, "attention") else "explicit"
+    gpt.config.attention = "sdpa" if cfg.attention == "sdpa" else "explicit"
     for block in gpt.transformer.h:
         block.attn.attention = ATTENTIONS[gpt.config.attention]
     tokens = torch.arange(gpt.config.block_size)[None] % gpt.config.vocab_size  # (1, T)

@@ -376,17 +376,16 @@ class GPT(nn.Module):
         generators: Sequence[torch.Generator],
         vocab_size: int | None = None,
         kv_cache: bool = True,
-        forward: Callable[..., tuple[Tensor, None]] | None = None,
         **sampling: float | None,
     ) -> Iterator[Tensor]:
         """Continue idx (B, T): yield the next token of each sequence, (B, 1), max_new_tokens times.
 
-        Each sequence has its own generator; idx (1, T) is a prompt that all sequences share, and is read once. Ids from
-        `vocab_size` on (padding of the head) are never drawn. For `generators` and `sampling` see next_token.
+        Each sequence draws from its own generator, on the CPU; idx (1, T) is a prompt that all sequences share, and is
+        read once. Ids from `vocab_size` on (padding of the head) are never drawn. For `sampling` see next_token.
         A full cache is refilled with the last block_size / 2 tokens, so that the cost of a token stays bounded;
-        kv_cache=False recomputes the last block_size tokens for each. kqv/generate.py has a faster `forward`.
+        kv_cache=False recomputes the last block_size tokens for each. kqv/generate.py does the same faster on GPUs.
         """
-        block_size, B, forward = self.config.block_size, len(generators), forward or self
+        block_size, B = self.config.block_size, len(generators)
         blocks, like = self.transformer.h, self.transformer.wte.weight
         cache = [KVCache(self.config, B, like) for _ in blocks] if kv_cache else None
         new, idx = idx[:, -block_size:], idx.expand(B, -1)  # (1 or B, T), (B, T)
@@ -397,8 +396,11 @@ class GPT(nn.Module):
                 for layer in cache:
                     layer.clear()
                 new = idx[:, -max(1, block_size // 2) :]
-            logits = forward(new, cache=cache)[0][:, -1, :vocab_size].expand(B, -1)  # (1 or B, 1, V) -> (B, V)
-            new = next_token(logits, generators, seen=idx, **sampling)  # (B, 1)
+            logits = self(new, cache=cache)[0][:, -1, :vocab_size].expand(B, -1)  # (1 or B, 1, V) -> (B, V)
+            if not logits.isfinite().all():
+                raise FloatingPointError("the logits are not all finite")
+            u = torch.cat([torch.rand(1, generator=generator) for generator in generators])[:, None]  # (B, 1)
+            new = next_token(logits, u.to(idx.device), seen=idx, **sampling)  # (B, 1)
             idx = torch.cat((idx, new), dim=1)  # (B, T + 1)
             yield new
 
@@ -415,7 +417,7 @@ class GPT(nn.Module):
 
 def next_token(
     logits: Tensor,
-    generators: Sequence[torch.Generator],
+    u: Tensor,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -423,15 +425,13 @@ def next_token(
     repetition_penalty: float = 1.0,
     seen: Tensor | None = None,
 ) -> Tensor:
-    """Draw a token for each row: logits (B, V) -> (B, 1). Row b uses only generators[b], on the CPU.
+    """Draw a token for each row: logits (B, V), and a number from [0, 1) for each row, u (B, 1) -> (B, 1).
 
     temperature 0 takes the likeliest token. top_k keeps the k likeliest; top_p the likeliest whose probabilities add up
     to top_p (arXiv:1904.09751); min_p those at least min_p times as likely as the likeliest (arXiv:2407.01082).
     repetition_penalty makes the tokens in seen (B, T) less likely (arXiv:1909.05858).
     """
     logits = logits.float()
-    if not logits.isfinite().all():
-        raise FloatingPointError("the logits are not all finite: the weights are damaged, or their run had diverged")
     if repetition_penalty != 1:
         score = logits.gather(1, seen)  # (B, T)
         penalized = torch.where(score > 0, score / repetition_penalty, score * repetition_penalty)
@@ -444,7 +444,5 @@ def next_token(
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)  # always keeps the first
     if min_p is not None:
         probs = probs.masked_fill(probs < min_p * probs[:, :1], 0)
-    # Invert the cumulative distribution at one uniform number for each row: the same draw on every device.
-    cumulative = probs.cumsum(dim=-1)
-    u = torch.cat([torch.rand(1, generator=generator) for generator in generators])[:, None].to(probs)  # (B, 1)
+    cumulative = probs.cumsum(dim=-1)  # its inverse at u is the draw: the same on every device
     return ids.gather(1, torch.searchsorted(cumulative, u * cumulative[:, -1:]))

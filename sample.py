@@ -16,7 +16,8 @@ import codecs
 import io
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from kqv.cli import parse_command_line
@@ -31,10 +32,10 @@ limit_spinning()
 import torch
 
 from kqv.build import load_trained
-from kqv.generate import CompiledForward
+from kqv.generate import FastGeneration
 from kqv.quantized import pack
 from kqv.tokenizer import Tokenizer, encode_prompt
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, KVCache, next_token
 
 SEPARATOR = "---------------"  # between samples, as nanoGPT prints it
 
@@ -98,25 +99,27 @@ def with_progress(steps: Iterable, total: int) -> Iterable:
     return track(steps, "writing", total, console=Console(stderr=True), transient=True)
 
 
-def make_fast(model: GPT, cfg: SampleConfig, batch_size: int) -> CompiledForward | None:
-    """Move the model to its device and dtype and speed it up; returns the compiled forward pass, if asked for."""
+def make_fast(model: GPT, cfg: SampleConfig, batch_size: int) -> Callable[..., Iterator[torch.Tensor]]:
+    """Move the model to its device and dtype and speed it up; returns GPT.generate, or a faster one."""
     device = resolve_device(cfg.device)
     # the 8-bit weights are rounded from float32, not from 16-bit numbers
-    dtype = torch.float32 if cfg.quantize and cfg.dtype == "auto" else resolve_dtype(cfg.dtype, device)
+    work = 30 * batch_size * model.config.n_embd**2
+    dtype = torch.float32 if cfg.quantize and cfg.dtype == "auto" else resolve_dtype(cfg.dtype, device, work)
     for parameter in model.parameters():  # each token reads every weight, so half the bytes take half the time
         parameter.data = parameter.data.to(device, dtype)
     model.eval()
     if cfg.compile is True:  # not "auto": on CPUs it gains nothing
         print("compiling the model takes half a minute", file=sys.stderr)
-        return CompiledForward(model)
+    if cfg.compile is True or (device.type == "cuda" and cfg.kv_cache):
+        return FastGeneration(model, KVCache, next_token, cfg.compile is True)
     pack(model, batch_size, cfg.quantize)
-    return None
+    return partial(model.generate, kv_cache=cfg.kv_cache)
 
 
 def write(
     model: GPT,
     tokenizer: Tokenizer,
-    forward: CompiledForward | None,
+    generate: Callable[..., Iterator[torch.Tensor]],
     prompt: str,
     samples: Sequence[int],
     stream: bool,
@@ -129,8 +132,8 @@ def write(
     idx = torch.tensor([ids], device=model.transformer.wte.weight.device)  # (1, T), read once for all samples
     generators = [torch.Generator().manual_seed(cfg.seed + sample) for sample in samples]
     options = {key: getattr(cfg, key) for key in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
-    options |= {"vocab_size": tokenizer.vocab_size, "kv_cache": cfg.kv_cache, "forward": forward}
-    tokens = model.generate(idx, cfg.max_new_tokens, generators, **options)
+    options |= {"vocab_size": tokenizer.vocab_size}
+    tokens = generate(idx, cfg.max_new_tokens, generators, **options)
     texts, made = [Text(tokenizer, cfg.stop) for _ in samples], 0
     if stream:
         print(prompt, end="", flush=True)
@@ -144,7 +147,7 @@ def write(
             if all(text.done for text in texts):
                 break
     except FloatingPointError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"{error}: the weights are damaged, or their run had diverged") from None
     for sample, text in zip(samples, texts, strict=True):
         rest = text.finish()
         print(rest if stream else prompt + text.text)
@@ -165,7 +168,7 @@ def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
     resolve_device(cfg.device)  # a missing device is reported before the model is read
     model, tokenizer, description = load_trained(cfg.init_from, cfg.out_dir, cfg.data_dir, GPT, GPTConfig)
     print(description, file=sys.stderr)
-    forward = make_fast(model, cfg, batch_size=len(batches[0]))
+    generate = make_fast(model, cfg, batch_size=len(batches[0]))
 
     started, made = time.perf_counter(), 0
     if cfg.interactive:
@@ -173,7 +176,7 @@ def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
     for prompt in iter_prompts() if cfg.interactive else [read_prompt(cfg.start)]:
         for samples in batches:
             try:
-                made += write(model, tokenizer, forward, prompt, samples, one_by_one, cfg)
+                made += write(model, tokenizer, generate, prompt, samples, one_by_one, cfg)
             except UserError as error:  # a prompt with characters that the tokenizer lacks does not end the session
                 if not cfg.interactive:
                     raise

@@ -20,7 +20,14 @@ from typing import Any
 
 from kqv.cli import parse_command_line
 from kqv.errors import one_line_errors
-from kqv.machine import describe_environment, device_name, limit_spinning, peak_flops, resolve_dtype
+from kqv.machine import (
+    describe_environment,
+    device_name,
+    keep_freed_memory,
+    limit_spinning,
+    peak_flops,
+    resolve_dtype,
+)
 from kqv.settings import TrainConfig, check_strategy, learning_rate_concerns, micro_steps_of_each
 from kqv.signals import StopRequests, exit_code_if_stopped
 
@@ -34,6 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from kqv import checkpoint, optim
+from kqv.attention import use_attention
 from kqv.bad_steps import BadSteps
 from kqv.build import build_model, make_model
 from kqv.checkpoint import LoopState
@@ -245,6 +253,8 @@ def main(cfg: TrainConfig, origin: dict[str, str], stop: StopRequests | None = N
     processes = connect(cfg.device, cfg.backend)
     device, log = processes.device, Log(main=processes.main)
     check_folder(out_dir)
+    if device.type == "cpu":
+        keep_freed_memory()
     if cfg.wandb_log and not cfg.eval_only:
         import wandb  # noqa: F401  a missing package should be reported before a minute of preparations
     saved = load_saved(cfg.init_from, out_dir, processes, log.say)
@@ -256,9 +266,6 @@ def main(cfg: TrainConfig, origin: dict[str, str], stop: StopRequests | None = N
     for concern in [] if cfg.eval_only else learning_rate_concerns(cfg):
         log.say(f"note: {concern}")
     micro_steps = micro_steps_of_each(processes.world_size, cfg.gradient_accumulation_steps)
-    dtype = resolve_dtype(cfg.dtype, device)
-    check_strategy(cfg.strategy, str(dtype).removeprefix("torch."))
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     # -- data
     dataset = open_dataset(cfg.data_dir, cfg.dataset, cfg.block_size, cfg.eval_iters)
@@ -267,8 +274,13 @@ def main(cfg: TrainConfig, origin: dict[str, str], stop: StopRequests | None = N
     # -- model
     torch.manual_seed(cfg.seed)
     bare = make_model(GPT, GPTConfig, cfg, dataset.meta["vocab_size"], saved).to(device)
-    # the recorded settings are those of the model that is trained
-    cfg = replace(cfg, **{key: value for key, value in asdict(bare.config).items() if hasattr(cfg, key)})
+    # the recorded settings are those of the model that is trained; attention=auto may choose otherwise elsewhere
+    settings = asdict(bare.config)
+    cfg = replace(cfg, **{key: settings[key] for key in settings.keys() - {"vocab_size", "attention"}})
+    dtype = resolve_dtype(cfg.dtype, device, cfg.batch_size * cfg.block_size * cfg.n_embd**2)
+    check_strategy(cfg.strategy, str(dtype).removeprefix("torch."))
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    attention = use_attention(bare, cfg.attention, device, dtype)
     if cfg.activation_checkpointing:
         recompute_activations(bare)
     loss_model = NextTokenLoss(bare)
@@ -278,7 +290,7 @@ def main(cfg: TrainConfig, origin: dict[str, str], stop: StopRequests | None = N
     tokens_per_iter = sequences_per_iter * cfg.block_size
     size, file = f"{bare.num_params() / 1e6:.2f}M parameters", dataset.folder / "train.bin"
     log.say(
-        f"{size} (without position embeddings) on {device} in {dtype}; "
+        f"{size} (without position embeddings) on {device} in {dtype}, {attention} attention; "
         f"{tokens_per_iter:,} tokens per iteration, {dataset.splits['train'].tokens:,} in {file}"
     )
     state = LoopState() if saved is None else LoopState.from_checkpoint(saved, sequences_per_iter, tokens_per_iter)

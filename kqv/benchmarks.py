@@ -96,7 +96,7 @@ def train(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterator[
         lambda _: time_training("our train.py", ours, work, steps),
         (lambda _: time_training("the peer's train.py", peer, cfg.nanogpt, steps)) if cfg.nanogpt else None,
     )
-    dtype = re.search(r" in torch\.(\w+);", a[0].output)[1]
+    dtype = re.search(r" in torch\.(\w+)", a[0].output)[1]
     limit = peak_flops(machine["name"], dtype) or machine.get(dtype)
     peer_limit = limit if device == "cuda" else machine["float32"]  # nanoGPT uses autocast on GPUs only
     shares = {"share": lambda ms: own_flops / ms * 1000 / limit}

@@ -20,9 +20,14 @@ def model_config(config_class: type, cfg: Any, vocab_size: int) -> Any:
     """The GPTConfig of these settings. Raises UserError if they contradict each other."""
     switches = {field.name: getattr(cfg, field.name) for field in fields(config_class) if hasattr(cfg, field.name)}
     try:
-        return config_class(**switches | {"vocab_size": vocab_size})
+        return config_class(**switches | {"vocab_size": vocab_size, "attention": own_attention(cfg.attention)})
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def own_attention(wanted: str) -> str:
+    """The attention of model.py for a setting that may name another: kqv/attention.py puts that in afterwards."""
+    return "explicit" if wanted == "explicit" else "sdpa"
 
 
 def make_model(
@@ -31,7 +36,8 @@ def make_model(
     """The model to train, on the CPU: the checkpoint's, a new one, or GPT-2. Its context is cut to block_size."""
     if saved:
         source, path = f"the checkpoint in {cfg.out_dir}", Path(cfg.out_dir) / LAST
-        model = restore_model(saved, path, model_class, config_class, dropout=cfg.dropout, attention=cfg.attention)
+        free = {"dropout": cfg.dropout, "attention": own_attention(cfg.attention)}
+        model = restore_model(saved, path, model_class, config_class, **free)
     elif cfg.init_from in ("scratch", "auto"):
         source = "the data"
         # the ids that padding adds are never targets and never sampled

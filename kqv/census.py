@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.flop_counter import FlopCounterMode
 
+from kqv.attention import use_attention
 from kqv.build import SkipInit
 from kqv.loss import NextTokenLoss
 from kqv.optim import make_optimizers
@@ -157,8 +158,9 @@ def count_step(
         model = fake_model(model_class, config)
         for parameter in model.parameters():
             census.assign(parameter, "weights")
+        attention = use_attention(model, cfg.attention, torch.device("cuda" if gpu else "cpu"), dtype)
         if gpu:
-            as_on_gpu(model, sdpa=config.attention == "sdpa")
+            as_on_gpu(model, sdpa=attention == "sdpa")
         census.watch(model)
         optimizers = make_optimizers(model, cfg, torch.float32 if dtype == torch.float32 else torch.bfloat16)
         gradients = [p for p in model.parameters() if p.requires_grad]

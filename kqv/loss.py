@@ -30,7 +30,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         head, loss = weight.to(dtype), x.new_zeros((), dtype=exact)
         logits = head.new_empty(rows, len(head))  # (n, V), reused by each chunk: new memory is slow to write to
         if training:
-            grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+            grad_x, grad_weight = torch.empty_like(x), None
         for start in range(0, len(x), rows):
             part, y = x[start : start + rows].to(dtype), targets[start : start + rows, None]  # (n, C), (n, 1)
             counts = y != -1
@@ -44,8 +44,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             if training:  # d loss / d logits is p / total, the softmax, less 1 for the target
                 p = chunk.copy_(p.scatter_add_(1, y, -total).mul_(counts / total))
                 grad_x[start : start + rows] = p @ head  # (n, C)
-                if dtype == weight.dtype:
-                    grad_weight.addmm_(p.t(), part)  # (V, n) @ (n, C)
+                if grad_weight is None:
+                    grad_weight = (p.t() @ part).to(weight.dtype)  # (V, n) @ (n, C)
+                elif dtype == weight.dtype:
+                    grad_weight.addmm_(p.t(), part)
                 else:
                     grad_weight += p.t() @ part
             del p  # before the next chunk allocates its own

@@ -1,5 +1,6 @@
 """The machine: device and dtype to compute with, peak speed and memory of GPUs by name, the CPU, its environment."""
 
+import ctypes
 import os
 import platform
 import re
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 # How often an idle thread of PyTorch looks for work before it sleeps. Without a limit, two programs on the same cores
 # run at a 25th of their speed; with this limit at a third, and one program alone is as fast as before (dev/LOG.md)
 SPIN_COUNT = "100000"
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
+# The least rows * n_embd^2 for which autocast to bfloat16 pays on CPUs that have fast products for it: measured between
+# 3.1 million (slower) and 7.1 million (faster) (dev/LOG.md)
+BFLOAT16_WORK = 5_000_000
 # Dense peak of the tensor cores in TFLOP/s at bfloat16 (float16 if the device lacks bfloat16), and memory in GB (the
 # smaller, if a device is sold with two sizes), from the vendors' data sheets. The first line that matches a device's
 # name counts. Unknown devices get no MFU rather than a wrong one.
@@ -60,6 +65,18 @@ def limit_spinning() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next step, unless the user has set how it allocates (MALLOC_...).
+
+    Else the large tensors of each step are new memory, and the system clears it page by page: up to a fourth of a step
+    on CPUs (dev/LOG.md).
+    """
+    if platform.libc_ver()[0] == "glibc" and not any(key.startswith("MALLOC_") for key in os.environ):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)  # large blocks too come from the heap
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # whose end is never given back
+
+
 def resolve_device(device: str, local_rank: int = 0) -> "torch.device":
     """The device by its name; "auto" is CUDA, else MPS, else the CPU. Raises UserError if this machine lacks it."""
     import torch
@@ -80,12 +97,15 @@ def resolve_device(device: str, local_rank: int = 0) -> "torch.device":
     return torch.device(device)
 
 
-def resolve_dtype(dtype: str, device: "torch.device") -> "torch.dtype":
-    """The compute type by its name; "auto" is the fastest that trains as well as float32."""
+def resolve_dtype(dtype: str, device: "torch.device", work: int) -> "torch.dtype":
+    """The compute type by its name; "auto" is the fastest that trains as well as float32.
+
+    `work`: rows times n_embd^2, the size of the model's products; see cpu_likes_bfloat16.
+    """
     import torch
 
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cpu" and cpu_likes_bfloat16() else "float32"
+        dtype = "bfloat16" if device.type == "cpu" and cpu_likes_bfloat16(work) else "float32"
         if device.type == "cuda":
             dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     return getattr(torch, dtype)
@@ -118,14 +138,14 @@ def cpu_words() -> set[str]:
     return set(cpuinfo().split())
 
 
-def cpu_likes_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones. Returns False if unknown.
+def cpu_likes_bfloat16(work: int) -> bool:
+    """Whether this CPU computes products (rows, n_embd) @ (n_embd, n_embd), work = rows * n_embd^2, faster in bfloat16.
 
-    Intel CPUs with AMX do, and AMD CPUs with AVX512-BF16 (Zen 4: by report 1.4 to 1.8 times as fast). Intel CPUs with
-    only AVX512-BF16 take twice as long (dev/LOG.md).
+    Intel CPUs with AMX and AMD CPUs with AVX512-BF16 do, if the products are large enough to win back what converting
+    costs. Intel CPUs with only AVX512-BF16 take twice as long. Returns False for CPUs that are not known (dev/LOG.md).
     """
     words = cpu_words()
-    return "amx_bf16" in words or {"AuthenticAMD", "avx512_bf16"} <= words
+    return work >= BFLOAT16_WORK and ("amx_bf16" in words or {"AuthenticAMD", "avx512_bf16"} <= words)
 
 
 def ram_bytes() -> int | None:

@@ -72,13 +72,18 @@ def write_tokens(
         model = theirs.GPT(theirs.GPTConfig(**shape, bias=True))
         keys |= {"generators": [torch.Generator().manual_seed(1337 + i) for i in range(batch)]} if ours else {}
     model.to(device, getattr(torch, dtype)).eval()
-    if ours:
+    generate = model.generate
+    if ours and device != "cpu":
+        from kqv.generate import FastGeneration
+
+        generate = FastGeneration(model, theirs.KVCache, theirs.next_token, compile=False)
+    elif ours:
         from kqv.quantized import pack
 
         pack(model, batch, quantize)
     for new in (8, NEW):  # the first to warm up
         started = time.perf_counter()
-        tokens = model.generate(prompt, max_new_tokens=new, **keys)
+        tokens = generate(prompt, max_new_tokens=new, **keys)
         made = sum(1 for _ in tokens) if ours else tokens.size(1) - PROMPT
         if device != "cpu":
             torch.accelerator.synchronize()

@@ -62,13 +62,13 @@ def find_device(plan_device: str | None, device: str) -> tuple[str, float | None
     return "cpu", ram_bytes()
 
 
-def find_dtype(dtype: str, device: str) -> str:
-    """The compute type of training on a device of this name."""
+def find_dtype(dtype: str, device: str, work: int) -> str:
+    """The compute type of training on a device of this name. `work`: see machine.resolve_dtype."""
     if dtype != "auto":
         return dtype
     if re.search("V100|T4", device):
         return "float16"
-    return "bfloat16" if device != "cpu" or cpu_likes_bfloat16() else "float32"
+    return "bfloat16" if device != "cpu" or cpu_likes_bfloat16(work) else "float32"
 
 
 def concerns(cfg: TrainConfig, n_params: int, data: tuple[int, int, int] | None) -> list[str]:
@@ -124,7 +124,8 @@ def plan(cfg: TrainConfig, config: Any, model_class: type, data: tuple[int, int,
     """
     micro_steps = micro_steps_of_each(world_size, cfg.gradient_accumulation_steps)
     device, available = find_device(cfg.plan_device, cfg.device)
-    gpu, dtype = device != "cpu", find_dtype(cfg.dtype, device)
+    gpu, work = device != "cpu", cfg.batch_size * config.block_size * config.n_embd**2
+    dtype = find_dtype(cfg.dtype, device, work)
     check_strategy(cfg.strategy, dtype)
     sizes = parameters(empty_model(model_class, config))
     rows = max(1, min(EVAL_TOKENS // config.block_size, EVAL_BATCH * cfg.eval_iters or EVAL_TOKENS))

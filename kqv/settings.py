@@ -91,7 +91,10 @@ class Model:
     tie_embeddings: Annotated[bool, "one matrix for the token embedding and the output head"] = True
     rope_theta: Annotated[float, "base of the rotary frequencies"] = 10000.0
     norm_eps: Annotated[float, "epsilon of the normalisations"] = 1e-5
-    attention: Annotated[Literal["sdpa", "explicit"], "PyTorch's fused kernel, or the formula written out"] = "sdpa"
+    attention: Annotated[
+        Literal["auto", "sdpa", "chunked", "explicit"],
+        "PyTorch's fused kernel, products in chunks, or the formula written out; auto: the fastest to train with",
+    ] = "auto"
 
 
 @dataclass(kw_only=True)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kqv import machine
+from kqv.build import model_config
 from kqv.cli import parse
 from kqv.errors import UserError
 from kqv.machine import cpu_likes_bfloat16, cpuinfo
@@ -200,18 +201,18 @@ def test_nanogpts_config_paths_find_ours(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda path: path.stem)
 def test_our_configs_parse_and_say_how_to_run_them(path):
     cfg, _ = parse(TrainConfig, [str(path)])
-    GPTConfig(vocab_size=64, **{f.name: getattr(cfg, f.name) for f in fields(GPTConfig) if hasattr(cfg, f.name)})
+    model_config(GPTConfig, cfg, vocab_size=64)
     header = path.read_text(encoding="utf-8").split("\n\n")[0]
     assert f"train.py configs/{path.name}" in header
     assert "loss" in header
 
 
-def test_models_defaults_are_the_commands_but_for_nanogpts_two():
-    # nanoGPT's train.py has bias=False, its GPTConfig bias=True
+def test_models_defaults_are_the_commands_but_for_two():
+    # nanoGPT's train.py has bias=False, its GPTConfig bias=True; attention=auto is chosen outside of the model
     ours, models = TrainConfig(), GPTConfig()
     raw = {field.name: field.default for field in fields(GPTConfig)}
     shared = [name for name in raw if hasattr(ours, name)]
-    assert {name for name in shared if getattr(ours, name) != raw[name]} == {"bias"}
+    assert {name for name in shared if getattr(ours, name) != raw[name]} == {"bias", "attention"}
     assert set(raw) - set(shared) == {"vocab_size"} and models.vocab_size == 50304
 
 
@@ -247,7 +248,7 @@ def test_devices_that_are_not_here():
 
     cpu = machine.resolve_device("cpu")
     assert cpu == torch.device("cpu")
-    assert machine.resolve_dtype("bfloat16", cpu) == torch.bfloat16
+    assert machine.resolve_dtype("bfloat16", cpu, work=1) == torch.bfloat16
     with pytest.raises(UserError, match="device='tpu': expected auto"):
         machine.resolve_device("tpu")
     if not torch.cuda.is_available():
@@ -269,10 +270,11 @@ def test_bfloat16_is_for_cpus_that_are_faster_with_it(tmp_path, monkeypatch, ven
     words = set(cpuinfo(tmp_path / "cpuinfo").split())
     assert {vendor, *flags.split()} <= words and cpuinfo(tmp_path / "no such file") == ""
     monkeypatch.setattr("kqv.machine.cpu_words", lambda: words)
-    assert cpu_likes_bfloat16() is likes
+    cpu, large = machine.resolve_device("cpu"), 12 * 64 * 128**2  # the baby model's 768 rows, 128 wide
+    assert cpu_likes_bfloat16(large) is likes and not cpu_likes_bfloat16(large // 100)
     chosen = "bfloat16" if likes else "float32"
-    assert str(machine.resolve_dtype("auto", machine.resolve_device("cpu"))) == f"torch.{chosen}"
-    assert find_dtype("auto", "cpu") == chosen
+    assert str(machine.resolve_dtype("auto", cpu, large)) == f"torch.{chosen}"
+    assert find_dtype("auto", "cpu", large) == chosen
 
 
 def test_files_are_opened_with_an_encoding_everywhere():

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from kqv import checkpoint
+from kqv.generate import FastGeneration, Reading
 from kqv.loss import LARGE_VOCAB, NextTokenLoss
 from kqv.optim import orthogonalize
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, KVCache, next_token
 from tests.conftest import TINY
 from tests.test_distributed import torchrun
 from tests.test_train import column, with_nan_from
@@ -112,3 +113,52 @@ def test_greedy_text_is_the_cpus(train, command, compiled):
     assert written.code == 0 and len(written.out) > 160
     here = command(*greedy, f"--device={DEVICE}", "--dtype=float32", f"--compile={compiled}")
     assert here.out == written.out, here.err
+
+
+def on_gpu(**switches) -> GPT:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 64}
+    return GPT(GPTConfig(**sizes | switches)).to(DEVICE).eval()
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [{}, {"position": "rope", "n_kv_head": 2, "qk_norm": True}, {"short_conv": 2}, {"block_size": 2}],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0}, {"top_k": 5, "temperature": 0.7}, {"repetition_penalty": 1.5, "top_p": 0.9}],
+    ids=str,
+)
+def test_the_recorded_step_writes_what_the_plain_loop_writes(switches, options):
+    model = on_gpu(**switches)
+    generate = FastGeneration(model, KVCache, next_token, compile=False)
+    for T in (1, 7):  # the second prompt replays the graph of the first
+        idx = torch.arange(T, device=DEVICE)[None]
+        seeds = [[torch.Generator().manual_seed(seed) for seed in range(3)] for _ in range(2)]
+        expected = torch.cat(list(model.generate(idx, 70, seeds[0], **options)), dim=1)  # past two refills
+        assert torch.cat(list(generate(idx, 70, seeds[1], **options)), dim=1).tolist() == expected.tolist()
+    assert generate.step.graph is not None
+
+
+def test_a_token_waits_for_nothing():
+    model = on_gpu(block_size=64)
+    generate = FastGeneration(model, KVCache, next_token, compile=False)
+    tokens = generate(torch.zeros(1, 4, dtype=torch.int64, device=DEVICE), 40, [torch.Generator()])
+    next(tokens)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        readings = [generate.step.advance() or Reading(generate.step.drawn[:, :1]) for _ in range(10)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(readings) == 10
+
+
+def test_a_damaged_model_is_an_error_also_in_a_graph():
+    model = on_gpu()
+    model.lm_head.weight.data[3] = math.nan
+    generate = FastGeneration(model, KVCache, next_token, compile=False)
+    with pytest.raises(FloatingPointError, match="not all finite"):
+        list(generate(torch.zeros(1, 4, dtype=torch.int64, device=DEVICE), 40, [torch.Generator()]))
+    torch.cuda.synchronize()  # no assertion has failed on the device

@@ -336,14 +336,25 @@ def test_ids_the_tokenizer_lacks_are_never_sampled():
     assert new.max() < 50
 
 
+def test_logits_that_are_not_finite_are_an_error():
+    model = make()
+    model.lm_head.weight.data[3] = math.nan
+    with pytest.raises(FloatingPointError, match="logits are not all finite"):
+        next(model.generate(tokens(1, 4), 3, seeds(1)))
+
+
 # -- next_token --------------------------------------------------------------------------------------------------------
+
+
+def uniform(n: int) -> torch.Tensor:
+    return torch.rand(n, 1, generator=torch.Generator().manual_seed(0))
 
 
 def support(**options: object) -> list[set[int]]:
     """The tokens that can be drawn, found by drawing many times."""
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(5))
     rows = logits.repeat_interleave(20_000, dim=0)
-    drawn = next_token(rows, [torch.Generator().manual_seed(0)] * len(rows), **options).view(3, -1)
+    drawn = next_token(rows, uniform(len(rows)), **options).view(3, -1)
     return [set(row.tolist()) for row in drawn]
 
 
@@ -367,29 +378,26 @@ def test_filters_keep_what_hugging_faces_keep(options, warpers):
 def test_draws_follow_the_distribution():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -9.0])
     n = 200_000
-    drawn = next_token(logits.expand(n, -1), [torch.Generator().manual_seed(0)] * n, temperature=0.7)
+    drawn = next_token(logits.expand(n, -1), uniform(n), temperature=0.7)
     frequency = torch.bincount(drawn.flatten(), minlength=5) / n
     torch.testing.assert_close(frequency, (logits / 0.7).softmax(dim=-1), rtol=0, atol=5 / math.sqrt(n))
 
 
 def test_top_k_keeps_k_also_where_tokens_tie():
-    drawn = next_token(torch.zeros(5000, 6), [torch.Generator().manual_seed(0)] * 5000, top_k=2)
+    drawn = next_token(torch.zeros(5000, 6), uniform(5000), top_k=2)
     assert len(drawn.unique()) == 2
 
 
 def test_temperature_zero_is_greedy_and_top_k_larger_than_the_vocabulary_is_all():
     logits = torch.tensor([[0.1, 0.3, 0.2]])
-    assert next_token(logits, seeds(1), temperature=0).tolist() == [[1]]
-    assert next_token(logits, seeds(1), temperature=1e-4, top_k=200).tolist() == [[1]]
-    assert next_token(logits, seeds(1), temperature=1e-40).tolist() == [[1]]
-    with pytest.raises(FloatingPointError, match="logits are not all finite"):
-        next_token(logits / 0, seeds(1))
+    for options in ({"temperature": 0}, {"temperature": 1e-4, "top_k": 200}, {"temperature": 1e-40}):
+        assert next_token(logits, uniform(1), **options).tolist() == [[1]]
 
 
 def test_repetition_penalty_is_hugging_faces():
     logits, seen = torch.randn(2, 12, generator=torch.Generator().manual_seed(3)), torch.tensor([[1, 4, 4], [0, 2, 11]])
     expected = logits_process.RepetitionPenaltyLogitsProcessor(5.0)(seen, logits).argmax(dim=-1)
-    assert next_token(logits, seeds(2), 0, repetition_penalty=5.0, seen=seen).flatten().tolist() == expected.tolist()
+    assert next_token(logits, uniform(2), 0, repetition_penalty=5.0, seen=seen).flatten().tolist() == expected.tolist()
 
 
 # -- construction ------------------------------------------------------------------------------------------------------

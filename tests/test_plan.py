@@ -14,6 +14,7 @@ import torch
 
 from kqv import census
 from kqv import plan as room
+from kqv.attention import use_attention
 from kqv.build import empty_model, model_config
 from kqv.cli import parse
 from kqv.data import padded_vocab_size
@@ -143,6 +144,7 @@ def test_what_train_refuses_is_refused(arguments, message):
 def kept_by_autograd(config: GPTConfig, B: int, dtype: torch.dtype, device: str) -> int:
     """Bytes of the tensors that a forward pass keeps for backward, without weights. Views count once."""
     model = NextTokenLoss(GPT(config)).to(device).train()
+    use_attention(model.model, wanted_attention(config), torch.device(device), dtype)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     found = {}  # keeps the storages alive, so that no address is used twice
 
@@ -159,8 +161,14 @@ def kept_by_autograd(config: GPTConfig, B: int, dtype: torch.dtype, device: str)
     return sum(storage.nbytes() for storage in found.values())
 
 
+def wanted_attention(config: GPTConfig) -> str:
+    """The setting with which train.py makes this config's model."""
+    return "explicit" if config.attention == "explicit" else "auto"
+
+
 def kept_by_plan(config: GPTConfig, B: int, dtype: torch.dtype, gpu: bool) -> int:
-    _, kept = census.memory(GPT, config, TrainConfig(batch_size=B), dtype, gpu, micro_steps=1, rows=1)
+    cfg = TrainConfig(batch_size=B, attention=wanted_attention(config))
+    _, kept = census.memory(GPT, config, cfg, dtype, gpu, micro_steps=1, rows=1)
     return sum(kept.values())
 
 
