@@ -1,5 +1,6 @@
 """The optimizers and their learning rate."""
 
+import inspect
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -13,10 +14,18 @@ from kqv.distributed import distribute_like
 from kqv.errors import UserError
 from kqv.settings import TrainConfig
 
+# Optimizers keep some functions out of torch.compile, and import all of torch._dynamo for that: 1.5 s, half of what a
+# run on a CPU needs until its first step. Nothing here compiles optimizers, so these functions serve as they are.
+for method in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+    function = inspect.unwrap(getattr(torch.optim.Optimizer, method))
+    function.__dynamo_disable = function
 
-def adamw(
-    parameters: Iterable[Tensor], learning_rate: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
+
+class AdamW(torch.optim.AdamW):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+def adamw(parameters: Iterable[Tensor], learning_rate: float, betas: tuple[float, float], weight_decay: float) -> AdamW:
     """Fused AdamW (arXiv:1711.05101) in two groups: matrices and embeddings decay, gains and biases do not.
 
     Groups and parameters are in nanoGPT's order, so that its optimizer states load.
@@ -26,7 +35,7 @@ def adamw(
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    return AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 
 def split_for_muon(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,11 +1,15 @@
 """optim.py against PyTorch's schedulers, torch.optim.Muon, and counts of the parameters."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from kqv.optim import POLAR_EXPRESS, SAFETY, Muon, adamw, learning_rate_at, orthogonalize, split_for_muon
 from model import GPT, GPTConfig
+from tests.conftest import ROOT
 
 
 def test_cosine_is_pytorchs():
@@ -49,6 +53,37 @@ def test_groups_hold_each_parameter_once_and_only_matrices_decay():
     assert sorted(ours) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in others["params"]} == {1}
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+
+
+def test_adamw_is_pytorchs_fused_one_to_the_bit():
+    first, gradients = matrices_and_gradients(steps=4)
+    ours, theirs = ([matrix.clone().requires_grad_() for matrix in first] for _ in range(2))
+    groups = [{"params": theirs, "weight_decay": 0.1}, {"params": [], "weight_decay": 0.0}]
+    pytorchs = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=True)
+    pairs = ((ours, adamw(ours, 1e-2, (0.9, 0.95), 0.1)), (theirs, pytorchs))
+    for step, gradient in enumerate(gradients):
+        for matrices, optimizer in pairs:
+            for matrix, grad in zip(matrices, gradient, strict=True):
+                matrix.grad = grad * (torch.nan if step == 2 else 1)
+            optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(float(step == 2))
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_optimizing_does_not_wait_for_the_compilers_import():
+    program = """
+import sys, torch
+from kqv.optim import Muon, adamw
+weights = [torch.randn(4, 4, requires_grad=True) for _ in range(2)]
+for optimizer in (adamw(weights[:1], 1e-3, (0.9, 0.95), 0.1), Muon(weights[1:], 0.02, 0.9, 0.1, torch.float32)):
+    for weight in weights:
+        weight.grad = torch.ones(4, 4)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 # -- Muon --------------------------------------------------------------------------------------------------------------
