@@ -218,10 +218,10 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps), times a gain (arXiv:1910.07467); under autocast in float32, as LayerNorm is."""
+    """x / sqrt(mean(x^2) + eps), times a gain (arXiv:1910.07467); computed in float32, returned in x's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.type_as(self.weight))
+        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -260,7 +260,7 @@ class ShortConv(nn.Module):
             recent = cache.recent[self.place]  # (B, n, C): the n tokens before x, then the last n of both
             padded = torch.cat((recent[: len(x)], x), dim=1)  # (B, n + T, C)
             recent.copy_(padded[:, T:])
-        for i, weight in enumerate(self.weight):
+        for i, weight in enumerate(self.weight.type_as(x)):
             x = x + weight * padded[:, i : i + T]  # (B, T, C)
         return x
 
@@ -346,7 +346,7 @@ class GPT(nn.Module):
         assert end <= c.block_size, f"{end} tokens do not fit block_size={c.block_size}"
         pos = torch.arange(end, device=x.device) if cache is None else cache[0].positions(x.size(1))  # (T)
         if "wpe" in self.transformer:
-            x = x + self.transformer.wpe(pos)  # (B, T, C) + (T, C)
+            x = x + self.transformer.wpe(pos).type_as(x)  # (B, T, C) + (T, C)
         rope = rotary_table(pos, c.head_dim, c.rope_theta) if c.position == "rope" else None  # (T, D) twice
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):

@@ -18,23 +18,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kqv import machine
 from kqv.cli import parse_command_line
 from kqv.errors import one_line_errors
-from kqv.machine import (
-    describe_environment,
-    device_name,
-    keep_freed_memory,
-    limit_spinning,
-    peak_flops,
-    resolve_dtype,
-)
 from kqv.settings import TrainConfig, check_strategy, learning_rate_concerns, micro_steps_of_each
 from kqv.signals import StopRequests, exit_code_if_stopped
 
 # Parsed before torch is imported, so that --help and a misspelt setting are answered at once.
 SETTINGS = parse_command_line(TrainConfig, __doc__) if __name__ == "__main__" else None
 STOP = StopRequests() if __name__ == "__main__" else None
-limit_spinning()
+machine.limit_spinning()
 
 import numpy as np
 import torch
@@ -55,6 +48,7 @@ from kqv.distributed import (
     is_sharded,
     read_environment,
     recompute_activations,
+    seconds_saved,
     shard,
 )
 from kqv.evaluate import check_finite, evaluate_splits
@@ -79,8 +73,8 @@ class Run:
     dataset: Dataset
     state: LoopState
     bare: GPT  # the model without wrappers: what is saved
-    compiled: nn.Module  # NextTokenLoss of it, compiled if asked for: for evaluation
-    model: nn.Module  # `compiled`, wrapped for several processes: for training
+    loss_model: nn.Module  # NextTokenLoss of it, compiled if asked for: for evaluation
+    model: nn.Module  # the same, wrapped for several processes: for training
     optimizers: dict[str, torch.optim.Optimizer]  # by their names in a checkpoint
     scaler: torch.amp.GradScaler  # keeps small float16 gradients from becoming zero; disabled for other dtypes
     autocast: torch.autocast
@@ -203,7 +197,7 @@ def train(run: Run, pace: Pace, stop: StopRequests, measured: dict[str, Any]) ->
             with clock:
                 improved = False
                 if evaluating:
-                    measured = evaluate_splits(run.compiled, run.dataset, run.autocast, processes)
+                    measured = evaluate_splits(run.loss_model, run.dataset, run.autocast, processes)
                     log.evaluated(iter_num, measured)
                     check_finite(measured["val_loss"], iter_num, out_dir)
                     improved = state.evaluated(measured["val_loss"])
@@ -253,8 +247,7 @@ def main(cfg: TrainConfig, origin: dict[str, str], stop: StopRequests | None = N
     processes = connect(cfg.device, cfg.backend)
     device, log = processes.device, Log(main=processes.main)
     check_folder(out_dir)
-    if device.type == "cpu":
-        keep_freed_memory()
+    machine.keep_freed_memory(device)
     if cfg.wandb_log and not cfg.eval_only:
         import wandb  # noqa: F401  a missing package should be reported before a minute of preparations
     saved = load_saved(cfg.init_from, out_dir, processes, log.say)
@@ -275,15 +268,16 @@ def main(cfg: TrainConfig, origin: dict[str, str], stop: StopRequests | None = N
     torch.manual_seed(cfg.seed)
     bare = make_model(GPT, GPTConfig, cfg, dataset.meta["vocab_size"], saved).to(device)
     # the recorded settings are those of the model that is trained; attention=auto may choose otherwise elsewhere
-    settings = asdict(bare.config)
-    cfg = replace(cfg, **{key: settings[key] for key in settings.keys() - {"vocab_size", "attention"}})
-    dtype = resolve_dtype(cfg.dtype, device, cfg.batch_size * cfg.block_size * cfg.n_embd**2)
-    check_strategy(cfg.strategy, str(dtype).removeprefix("torch."))
+    switches = asdict(bare.config).items()
+    cfg = replace(cfg, **{key: value for key, value in switches if key not in ("vocab_size", "attention")})
+    dtype = machine.resolve_dtype(cfg.dtype, device, cfg.batch_size * cfg.block_size * cfg.n_embd**2)
+    dtype_name = str(dtype).removeprefix("torch.")
+    check_strategy(cfg.strategy, dtype_name)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     attention = use_attention(bare, cfg.attention, device, dtype)
     if cfg.activation_checkpointing:
         recompute_activations(bare)
-    loss_model = NextTokenLoss(bare)
+    loss_model = NextTokenLoss(bare, machine.room_for_logits(device))
     if cfg.strategy == "fsdp" and processes.connected:
         shard(loss_model, device)
     sequences_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size
@@ -296,8 +290,7 @@ def main(cfg: TrainConfig, origin: dict[str, str], stop: StopRequests | None = N
     state = LoopState() if saved is None else LoopState.from_checkpoint(saved, sequences_per_iter, tokens_per_iter)
 
     # -- optimizers
-    product_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16  # of Muon
-    optimizers = optim.make_optimizers(bare, cfg, product_dtype)
+    optimizers = optim.make_optimizers(bare, cfg, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if saved:
         optim.load_states(optimizers, scaler, saved)
@@ -310,39 +303,38 @@ def main(cfg: TrainConfig, origin: dict[str, str], stop: StopRequests | None = N
         return 0
 
     # -- compilation
-    place = (cfg.seed, state.sequences, cfg.batch_size, micro_steps)
-    batches = MicroBatches(dataset.splits["train"], *place, processes)
-    compiled, model = compile_and_wrap(loss_model, cfg.compile, batches.next, autocast, processes, log.say)
+    batches = MicroBatches(dataset.splits["train"], cfg.seed, state.sequences, cfg.batch_size, micro_steps, processes)
+    flops = bare.flops_per_token() * tokens_per_iter / processes.world_size  # on one device in one iteration
+    peak = machine.peak_flops(machine.device_name(device), dtype_name)
+    gain = seconds_saved(flops, peak, cfg.max_iters - state.iter_num)
+    model = compile_and_wrap(loss_model, cfg.compile, gain, batches.next, autocast, processes, log.say)
 
     # -- the run's folder and record
     lock = hold(out_dir) if processes.main else None
     if cfg.wandb_log:
-        names = (cfg.wandb_project, cfg.wandb_run_name)
-        state.wandb_id = log.open_wandb(out_dir, *names, asdict(cfg), state.wandb_id)
+        state.wandb_id = log.open_wandb(out_dir, cfg.wandb_project, cfg.wandb_run_name, asdict(cfg), state.wandb_id)
     if processes.main and not resumed and (previous := put_aside(out_dir)):
         log.say(f"the earlier run in {out_dir} was moved to {previous}")
-    facts = {"environment": describe_environment(device_name(device)), "parameters": bare.num_params()}
-    facts["data"] = dataset.describe()
+    environment = machine.describe_environment(machine.device_name(device))
+    facts = {"environment": environment, "parameters": bare.num_params(), "data": dataset.describe()}
     measured = log.open(out_dir, asdict(cfg), origin, state.iter_num, facts)
     log.open_bar(state.iter_num, cfg.max_iters)
 
     # -- the loop
     bad_steps = BadSteps(state.bad_steps, state.recent_losses, cfg.max_bad_steps, device)
     run = Run(
-        cfg, processes, log, dataset, state, bare, compiled, model, optimizers, scaler, autocast, batches, bad_steps
+        cfg, processes, log, dataset, state, bare, loss_model, model, optimizers, scaler, autocast, batches, bad_steps
     )
-    flops = bare.flops_per_token() * tokens_per_iter / processes.world_size  # on one device in one iteration
-    pace = Pace(tokens_per_iter, flops, peak_flops(device_name(device), str(dtype).removeprefix("torch.")))
+    pace = Pace(tokens_per_iter, flops, peak)
     stop.begin(cfg.max_minutes)
     stopped = train(run, stop=stop, pace=pace, measured=measured)
     if stopped:
-        advice = "all is saved; --init_from=resume continues"
-        log.say(f"stopped at iteration {state.iter_num} ({stop.reason()}), {advice}")
+        log.say(f"stopped at iteration {state.iter_num} ({stop.reason()}), all is saved; --init_from=resume continues")
     else:
         if state.iter_num < cfg.max_iters:
             log.say(f"val loss has not improved for {state.evals_since_best} evaluations (patience={cfg.patience})")
-        best = f"best val loss {state.best_val_loss:.4f}"
-        log.say(f"done: {best}; python sample.py --out_dir={shlex.quote(str(out_dir))}")
+        best, folder = f"{state.best_val_loss:.4f}", shlex.quote(str(out_dir))
+        log.say(f"done: best val loss {best}; python sample.py --out_dir={folder}")
     if processes.main and (out_dir / METRICS).stat().st_size:
         refresh_picture(out_dir, log.say)
     log.close()

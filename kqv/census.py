@@ -151,7 +151,14 @@ def fake_model(model_class: type, config: Any) -> nn.Module:
 
 
 def count_step(
-    model_class: type, config: Any, cfg: TrainConfig, dtype: torch.dtype, gpu: bool, earlier_gradients: bool, rows: int
+    model_class: type,
+    config: Any,
+    cfg: TrainConfig,
+    dtype: torch.dtype,
+    gpu: bool,
+    earlier_gradients: bool,
+    rows: int,
+    room: float,
 ) -> Census:
     """The census of one training step after the first, and of an evaluation batch of `rows` windows."""
     with FakeTensorMode(), Census() as census:
@@ -162,7 +169,7 @@ def count_step(
         if gpu:
             as_on_gpu(model, sdpa=attention == "sdpa")
         census.watch(model)
-        optimizers = make_optimizers(model, cfg, torch.float32 if dtype == torch.float32 else torch.bfloat16)
+        optimizers = make_optimizers(model, cfg, dtype)
         gradients = [p for p in model.parameters() if p.requires_grad]
         for parameter in gradients:  # a first step creates the optimizers' states
             parameter.grad = torch.empty_like(parameter)
@@ -177,7 +184,7 @@ def count_step(
             for block in model.transformer.h:
                 forward = partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
                 block.forward = partial(keep_input, census, forward)
-        run_moments(census, NextTokenLoss(model), gradients, optimizers, cfg, dtype, earlier_gradients, rows)
+        run_moments(census, NextTokenLoss(model, room), gradients, optimizers, cfg, dtype, earlier_gradients, rows)
     return census
 
 
@@ -224,12 +231,22 @@ def run_moments(
 
 
 def memory(
-    model_class: type, config: Any, cfg: TrainConfig, dtype: torch.dtype, gpu: bool, micro_steps: int, rows: int
+    model_class: type,
+    config: Any,
+    cfg: TrainConfig,
+    dtype: torch.dtype,
+    gpu: bool,
+    micro_steps: int,
+    rows: int,
+    room: float = 0,
 ) -> tuple[Moments, dict[str, int]]:
-    """Bytes at each moment of a step of one process with the whole model; and bytes kept for backward, by part."""
+    """Bytes at each moment of a step of one process with the whole model; and bytes kept for backward, by part.
+
+    `rows`: windows of an evaluation batch; `room`: see NextTokenLoss.
+    """
     depths = sorted({min(config.n_layer, COUNTED_LAYERS), min(config.n_layer, COUNTED_LAYERS - 1)})
     counts = [
-        count_step(model_class, replace(config, n_layer=depth), cfg, dtype, gpu, micro_steps > 1, rows)
+        count_step(model_class, replace(config, n_layer=depth), cfg, dtype, gpu, micro_steps > 1, rows, room)
         for depth in (depths if config.n_layer > COUNTED_LAYERS else depths[-1:])
     ]
     last, further = counts[-1], config.n_layer - depths[-1]

@@ -133,8 +133,7 @@ class Split:
                     f"block_size={block_size}: {path} has {len(shard):,} tokens and must have more; "
                     f"the longest block_size that fits is {len(shard) - 1}"
                 )
-        # (n - T, T + 1) each, views: indexing them copies a batch of windows faster than a loop over slices
-        self.views = [sliding_window_view(shard, block_size + 1) for shard in self.shards]
+        self.views = [sliding_window_view(shard, block_size + 1) for shard in self.shards]  # (n - T, T + 1) each
         self.windows = np.array([max(1, (len(shard) - block_size) // block_size) for shard in self.shards])
         self.epoch = lru_cache(maxsize=2)(self._epoch)
 

@@ -173,43 +173,61 @@ def distribute_like(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device_mesh.device_type), like.device_mesh, like.placements)
 
 
+COMPILE_SECONDS = 20  # what compiling takes on a GPU, about; its cache makes a second run's shorter
+
+
+def seconds_saved(flops: float, peak: float | None, iterations: int) -> float:
+    """About how much shorter these iterations of `flops` each are on a GPU of this peak, if they are compiled.
+
+    Compiled training reaches about 40% of the peak, uncompiled 25%; or launching kernels one by one takes 5 ms longer.
+    """
+    return iterations * max(0.005, flops / (peak or 1e14) * (1 / 0.25 - 1 / 0.4))
+
+
 def compile_and_wrap(
-    model: nn.Module,
+    loss_model: nn.Module,
     wanted: bool | str,
+    saved: float,
     batch: tuple[Tensor, Tensor],
     autocast: torch.autocast,
     processes: Processes,
     say: Callable[[str], None],
-) -> tuple[nn.Module, nn.Module]:
-    """The compiled model, for evaluation, and the same wrapped for several processes, for training.
+) -> nn.Module:
+    """Compile a NextTokenLoss in place; returns it, wrapped for several processes.
 
-    One forward and backward pass compiles it, so that the training clock starts afterwards. If wanted="auto" and this
-    fails in one process, a line gives the reason and all processes continue without torch.compile.
+    wanted="auto" compiles on GPUs, if that saves more seconds than it takes (`saved`: see seconds_saved). The blocks
+    are the same code, so one of them is compiled for all; and the loss. A forward and a backward pass do it here, so
+    that the training clock starts afterwards. If it fails in one process, "auto" continues without, with the reason.
     """
     device = processes.device
-    if wanted is False or (wanted == "auto" and device.type != "cuda"):
-        return model, wrap(model, processes)
-    say("compiling the model, which takes a minute (--compile=False trains without)")
+    if wanted == "auto":
+        wanted = device.type == "cuda" and saved > COMPILE_SECONDS and "auto"
+        if device.type == "cuda" and not wanted:
+            say(f"not compiling: it takes about {COMPILE_SECONDS} s, and would save {saved:.0f} (--compile does it)")
+    if not wanted:
+        return wrap(loss_model, processes)
+    say("compiling the model, which takes some seconds on a GPU, a minute on a CPU (--compile=False trains without)")
     if device.type == "cpu":  # else the threads of compiled code add up the embedding's gradients in any order
         torch.use_deterministic_algorithms(True)
-    reason = None
+    reason, blocks = None, loss_model.model.transformer.h
     try:
-        compiled = torch.compile(model, dynamic=False)
-        # through the wrapper, because DDP splits the graph, to send gradients while others are still computed
-        wrapped = wrap(compiled, processes)
-        average_gradients(wrapped, now=False)
+        for block in blocks:
+            block.compile(dynamic=False)
+        loss_model.loss = torch.compile(loss_model.loss, dynamic=False)
         with autocast:
-            loss = wrapped(*batch)
+            loss = loss_model(*batch)
         loss.backward()
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-    model.zero_grad(set_to_none=True)
+    loss_model.zero_grad(set_to_none=True)
     reason = next(filter(None, processes.gather(reason)), None)
-    if reason is None:
-        return compiled, wrapped
-    if wanted is True:
+    if reason and wanted is True:
         raise UserError(f"compile=True: torch.compile does not work here: {reason}")
-    say(f"continuing without torch.compile, which does not work here: {reason}")
-    return model, wrap(model, processes)
+    if reason:
+        say(f"continuing without torch.compile, which does not work here: {reason}")
+        for block in blocks:
+            block._compiled_call_impl = None
+        loss_model.__dict__.pop("loss", None)
+    return wrap(loss_model, processes)

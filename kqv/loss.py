@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 LARGE_VOCAB = 4096  # on CPUs chunks are a quarter faster at this size, as fast at 1000, slower at 65: dev/LOG.md
 
+BYTES_OF_LOGIT = 8  # of a logit at the peak, with its gradient: 2 + 2 in 16 bits, 4 for the softmax
+
 
 class LinearCrossEntropy(torch.autograd.Function):
     """F.cross_entropy(x @ weight.T, targets, ignore_index=-1), a chunk of rows at a time; N is B*T.
@@ -89,21 +91,32 @@ class TiedEmbedding(torch.autograd.Function):
 class NextTokenLoss(nn.Module):
     """A GPT with its loss, for training and evaluation: (idx, targets), (B, T) each -> mean loss in nats.
 
-    The loss is that of GPT.forward; with a large vocabulary it takes less memory and time.
+    The loss is that of GPT.forward; with a large vocabulary it takes less memory, and on CPUs less time. `room`: bytes
+    that the logits may take as a whole; on GPUs that is faster.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, room: float = 0):
         super().__init__()
-        self.model = model
+        self.model, self.room = model, room
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
         model = self.model
-        if model.config.vocab_size < LARGE_VOCAB:
-            return model(idx, targets)[1]  # without a name for the logits, (B, T, V), which would keep them alive
-        head = model.lm_head.weight  # (V, C)
-        if model.config.tie_embeddings:
+        head, V = model.lm_head.weight, model.config.vocab_size  # (V, C)
+        chunks = V >= LARGE_VOCAB and idx.numel() * V * BYTES_OF_LOGIT > self.room
+        if chunks and model.config.tie_embeddings:
             x, head = TiedEmbedding.apply(idx, head)  # (B, T, C), (V, C)
         else:
             x = model.transformer.wte(idx)  # (B, T, C)
-        x = model.hidden_states(x).flatten(0, 1)  # (N, C)
-        return LinearCrossEntropy.apply(x, head, targets.flatten(), torch.is_grad_enabled())
+        device = x.device.type
+        if torch.is_autocast_enabled(
+            device
+        ):  # the residual stream in 16 bits: as good a loss, less memory (dev/LOG.md)
+            x = x.to(torch.get_autocast_dtype(device))
+        return self.loss(model.hidden_states(x), head, targets, chunks)
+
+    def loss(self, x: Tensor, head: Tensor, targets: Tensor, chunks: bool) -> Tensor:
+        """The loss of the head's inputs x (B, T, C), for head (V, C)."""
+        x, targets = x.flatten(0, 1), targets.flatten()  # (N, C), (N)
+        if chunks:
+            return LinearCrossEntropy.apply(x, head, targets, torch.is_grad_enabled())
+        return F.cross_entropy(F.linear(x, head), targets, ignore_index=-1)

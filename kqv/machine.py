@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # How often an idle thread of PyTorch looks for work before it sleeps. Without a limit, two programs on the same cores
 # run at a 25th of their speed; with this limit at a third, and one program alone is as fast as before (dev/LOG.md)
 SPIN_COUNT = "100000"
+LOGITS_SHARE = 0.1  # of a GPU's memory
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 # The least rows * n_embd^2 for which autocast to bfloat16 pays on CPUs that have fast products for it: measured between
 # 3.1 million (slower) and 7.1 million (faster) (dev/LOG.md)
@@ -65,13 +66,14 @@ def limit_spinning() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next step, unless the user has set how it allocates (MALLOC_...).
+def keep_freed_memory(device: "torch.device") -> None:
+    """On CPUs: let glibc keep freed memory for the next step, unless the user has set how it allocates (MALLOC_...).
 
     Else the large tensors of each step are new memory, and the system clears it page by page: up to a fourth of a step
     on CPUs (dev/LOG.md).
     """
-    if platform.libc_ver()[0] == "glibc" and not any(key.startswith("MALLOC_") for key in os.environ):
+    own_settings = any(key.startswith("MALLOC_") for key in os.environ)
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc" and not own_settings:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)  # large blocks too come from the heap
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # whose end is never given back
@@ -109,6 +111,13 @@ def resolve_dtype(dtype: str, device: "torch.device", work: int) -> "torch.dtype
         if device.type == "cuda":
             dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     return getattr(torch, dtype)
+
+
+def room_for_logits(device: "torch.device") -> float:
+    """Bytes that the logits of a training step may take as a whole: LOGITS_SHARE of a GPU's memory; 0 on CPUs."""
+    import torch
+
+    return LOGITS_SHARE * torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def device_name(device: "torch.device") -> str:

@@ -127,11 +127,15 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return x
 
 
-def make_optimizers(model: nn.Module, cfg: TrainConfig, product_dtype: torch.dtype) -> dict[str, torch.optim.Optimizer]:
-    """AdamW, and with optimizer=muon also Muon for the blocks' matrices, by their names in a checkpoint."""
+def make_optimizers(model: nn.Module, cfg: TrainConfig, dtype: torch.dtype) -> dict[str, torch.optim.Optimizer]:
+    """AdamW, and with optimizer=muon also Muon for the blocks' matrices, by their names in a checkpoint.
+
+    `dtype` is that of the run's products. In 16 bits Muon's are bfloat16, because float16's range does not hold them.
+    """
     matrices, rest = split_for_muon(model) if cfg.optimizer == "muon" else ([], model.parameters())
     optimizers = {"optimizer": adamw(rest, cfg.learning_rate, (cfg.beta1, cfg.beta2), cfg.weight_decay)}
     if matrices:
+        product_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
         optimizers["muon"] = Muon(matrices, cfg.muon_lr, cfg.muon_momentum, cfg.weight_decay, product_dtype)
     return optimizers
 

@@ -32,6 +32,7 @@ from kqv.build import restore_model
 from kqv.data import Split, read_meta
 from kqv.errors import UserError
 from kqv.log import Log
+from kqv.loss import NextTokenLoss
 from kqv.machine import peak_flops
 from kqv.rundir import checkpoints, hold
 from kqv.tokenizer import from_description
@@ -807,17 +808,26 @@ def test_compile_auto_falls_back_with_a_line_and_true_is_an_error(monkeypatch, c
         raise RuntimeError("no working C++ compiler\nis installed")
 
     monkeypatch.setattr(torch, "compile", broken)
-    model = GPT(GPTConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1, n_embd=4))
+    model = NextTokenLoss(GPT(GPTConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1, n_embd=4)))
     batch, autocast = (torch.zeros(1, 4, dtype=torch.long),) * 2, torch.autocast("cpu", enabled=False)
     gpu, cpu = (distributed.Processes(rank=0, world_size=1, device=torch.device(name)) for name in ("cuda", "cpu"))
-    kept = distributed.compile_and_wrap(model, "auto", batch, autocast, gpu, print)
-    assert kept == (model, model)
+    assert distributed.compile_and_wrap(model, "auto", 1e3, batch, autocast, gpu, print) is model
     assert "continuing without torch.compile, which does not work here: no working C++ compiler is installed" in (
         capsys.readouterr().out
     )
     with pytest.raises(UserError, match=r"compile=True: torch\.compile does not work here: no working C"):
-        distributed.compile_and_wrap(model, True, batch, autocast, cpu, print)
-    assert distributed.compile_and_wrap(model, "auto", batch, autocast, cpu, print) == (model, model)
+        distributed.compile_and_wrap(model, True, 0, batch, autocast, cpu, print)
+    # not worth it, and on CPUs never: not even tried
+    assert distributed.compile_and_wrap(model, "auto", 3, batch, autocast, gpu, print) is model
+    assert "not compiling: it takes about 20 s, and would save 3 " in capsys.readouterr().out
+    assert distributed.compile_and_wrap(model, "auto", 1e3, batch, autocast, cpu, print) is model
+    assert model(*batch).isfinite() and not capsys.readouterr().out
+
+
+def test_compiling_is_for_runs_that_are_long_enough():
+    gpt2 = 6 * 124e6 * 12 * 1024
+    assert distributed.seconds_saved(gpt2, 989e12, 10_000) > 100 > 20 > distributed.seconds_saved(gpt2, 989e12, 500)
+    assert distributed.seconds_saved(1e9, None, 10_000) == 50  # a small model gains what launching its kernels costs
 
 
 @pytest.mark.slow
