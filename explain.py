@@ -23,6 +23,7 @@ from kqv.errors import UserError, one_line_errors
 from kqv.machine import limit_spinning
 from kqv.settings import Model, at_least, check_init_from
 
+LONGEST = 1024  # tokens of shapes, which keeps all steps; their scores would fill the memory
 COMMANDS = ("shapes", "attention", "positions", "loss", "context", "whatif")
 
 
@@ -30,7 +31,9 @@ COMMANDS = ("shapes", "attention", "positions", "loss", "context", "whatif")
 class Explanation:
     POSITIONAL: ClassVar[str] = "words"
     words: Annotated[tuple[str, ...], "shapes | attention | positions | loss [FILE] | context | whatif"] = ()
-    init_from: Annotated[str, "resume (the model in out_dir) | gpt2 | gpt2-medium | ... | a GPT-2 folder"] = "resume"
+    init_from: Annotated[str, "resume (the model in out_dir) | gpt2 | gpt2-medium | ... | a Hugging Face folder"] = (
+        "resume"
+    )
     out_dir: Annotated[str, "folder of the model, or its checkpoint; context, whatif: folder for their runs"] = "out"
     data_dir: Annotated[str, "folder of data sets; nanoGPT's checkpoints need DATASET/meta.pkl in it"] = "data"
     text: Annotated[str | None, "attention, loss: the text; None: a sentence for attention"] = None
@@ -125,13 +128,13 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def shapes(cfg: Explain, origin: dict[str, str]) -> list[dict[str, Any]]:
-    """Print a line for each step of the forward pass, on a batch of one sequence of block_size tokens."""
+    """Print a line for each step of the forward pass, on a sequence of block_size tokens, at most LONGEST."""
     gpt = load_or_make(cfg, origin)
     # the fused kernel, in the settings of most models, would show no scores
     gpt.config.attention = "sdpa" if cfg.attention == "sdpa" else "explicit"
     for block in gpt.transformer.h:
         block.attn.attention = ATTENTIONS[gpt.config.attention]
-    tokens = torch.arange(gpt.config.block_size)[None] % gpt.config.vocab_size  # (1, T)
+    tokens = torch.arange(min(gpt.config.block_size, LONGEST))[None] % gpt.config.vocab_size  # (1, T)
     steps = forward_steps(gpt, tokens, tokens, GPT, cfg.backward)
     print_table(table_of(steps, cfg.backward), left=("shape", "in numbers", "operation", "why"))
     print(f"{sum(step.parameters for step in steps):,} parameters, {sum(step.flops for step in steps):,} FLOPs forward")

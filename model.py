@@ -406,10 +406,10 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str, dropout: float = 0.0) -> "GPT":
-        """GPT-2 from Hugging Face: gpt2 | gpt2-medium | gpt2-large | gpt2-xl, or a local folder in its format."""
-        from kqv.hub import load_gpt2  # the rest of this file needs only torch
+        """Weights from Hugging Face: gpt2 | gpt2-medium | gpt2-large | gpt2-xl, or a folder in its format."""
+        from kqv.hub import load_pretrained  # the rest of this file needs only torch
 
-        return load_gpt2(cls, GPTConfig, name, dropout)
+        return load_pretrained(cls, GPTConfig, name, dropout)
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------

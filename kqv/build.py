@@ -13,7 +13,7 @@ from kqv.data import find_dataset, padded_vocab_size, read_meta
 from kqv.errors import UserError
 from kqv.rundir import BEST, LAST
 from kqv.settings import TrainConfig
-from kqv.tokenizer import GPT2_VOCAB_SIZE, Tokenizer, from_description
+from kqv.tokenizer import GPT2_VOCAB_SIZE, Tokenizer, from_description, pretrained_description
 
 
 def model_config(config_class: type, cfg: Any, vocab_size: int) -> Any:
@@ -60,13 +60,19 @@ def load_trained(
     """A trained model on the CPU, in evaluation mode, its tokenizer, and a line that describes it.
 
     init_from "resume" loads best.pt, or else ckpt.pt, of out_dir, or the file that out_dir names; any other value is a
-    GPT-2. nanoGPT's checkpoints find their tokenizer in DATA_DIR/DATASET/meta.pkl. Raises UserError.
+    GPT-2's name, or a folder. nanoGPT's checkpoints find their tokenizer in DATA_DIR/DATASET/meta.pkl.
+
+    Raises UserError.
     """
     if init_from != "resume":
         model = model_class.from_pretrained(init_from).eval()
         if not all(parameter.isfinite().all() for parameter in model.parameters()):  # checkpoint.load checks this too
             raise UserError(f"the weights of {init_from} are not all finite")
-        return model, from_description({"kind": "gpt2"}), f"{init_from}: weights from Hugging Face"
+        try:
+            tokenizer = from_description(pretrained_description(init_from))
+        except UserError as error:
+            raise UserError(f"{init_from}: {error}") from None
+        return model, tokenizer, f"{init_from}: weights from Hugging Face"
     path = Path(out_dir)
     if not path.is_file():
         path = path / (BEST if (path / BEST).is_file() else LAST)

@@ -8,7 +8,17 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 # packages that are imported when they are used; pip installs each under the name that is imported
-OPTIONAL_PACKAGES = {"datasets", "huggingface_hub", "matplotlib", "numpy", "pyarrow", "requests", "rich", "safetensors"}
+OPTIONAL_PACKAGES = {
+    "datasets",
+    "huggingface_hub",
+    "matplotlib",
+    "numpy",
+    "pyarrow",
+    "requests",
+    "rich",
+    "safetensors",
+    "tokenizers",
+}
 OPTIONAL_PACKAGES |= {"tiktoken", "torch", "transformers", "typer", "wandb"}
 
 

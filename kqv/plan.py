@@ -16,7 +16,7 @@ from kqv.build import empty_model, model_config
 from kqv.census import Moments, flops_per_token, memory, part_of_model
 from kqv.data import EVAL_BATCH, EVAL_TOKENS, Split, find_dataset, padded_vocab_size, read_meta
 from kqv.errors import UserError
-from kqv.hub import gpt2_settings
+from kqv.hub import pretrained_settings
 from kqv.machine import GPUS, LOGITS_SHARE, cpu_likes_bfloat16, has_nvidia_driver, peak_flops, ram_bytes
 from kqv.settings import TrainConfig, check_strategy, learning_rate_concerns, micro_steps_of_each
 
@@ -41,7 +41,7 @@ def planned_config(config_class: type, cfg: TrainConfig, vocab_size: int) -> Any
     """The GPTConfig of the model that a new run would train. Downloads nothing."""
     if cfg.init_from in ("scratch", "resume", "auto"):
         return model_config(config_class, cfg, padded_vocab_size(vocab_size))
-    settings = gpt2_settings(cfg.init_from)
+    settings = pretrained_settings(cfg.init_from)
     if cfg.block_size > settings["block_size"]:
         raise UserError(f"block_size={cfg.block_size}: {cfg.init_from} has at most {settings['block_size']}")
     return config_class(**settings | {"block_size": cfg.block_size, "dropout": cfg.dropout})

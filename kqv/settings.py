@@ -142,7 +142,9 @@ class TrainConfig(Machine, Training, Optimizer, Model, Data, Output):
 
 @dataclass(kw_only=True)
 class Sampling:
-    init_from: Annotated[str, "resume (the model in out_dir) | gpt2 | gpt2-medium | ... | a GPT-2 folder"] = "resume"
+    init_from: Annotated[str, "resume (the model in out_dir) | gpt2 | gpt2-medium | ... | a Hugging Face folder"] = (
+        "resume"
+    )
     out_dir: Annotated[str, "folder with the ckpt.pt of train.py or of nanoGPT"] = "out"
     data_dir: Annotated[str, "folder of data sets; nanoGPT's checkpoints need DATASET/meta.pkl in it"] = "data"
     start: Annotated[str, 'the prompt: text, "FILE:prompt.txt", or "-" for standard input'] = "\n"
@@ -203,7 +205,7 @@ class WebText:
 def check_init_from(init_from: str, *ours: str) -> None:
     known = (*ours, "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
     if init_from not in known and not Path(init_from).is_dir():
-        raise UserError(f"init_from={init_from!r}: expected {' | '.join(known)} | a Hugging Face GPT-2 folder")
+        raise UserError(f"init_from={init_from!r}: expected {' | '.join(known)} | a Hugging Face folder")
 
 
 def at_least(config: Any, low: int, *keys: str) -> None:

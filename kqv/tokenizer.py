@@ -1,9 +1,10 @@
-"""Text to token ids and back: characters, bytes, or GPT-2's byte-pair encoding (BPE).
+"""Text to token ids and back: characters, bytes, GPT-2's byte-pair encoding (BPE), or that of a tokenizer.json.
 
 A tokenizer's describe() is plain JSON. meta.json and checkpoints hold it, so that a model's output is always decoded
 with the tokenizer that it was trained with.
 """
 
+import json
 import pickle
 import pickletools
 import threading
@@ -116,6 +117,60 @@ class GPT2Tokenizer(Tokenizer):
         return {"kind": "gpt2"}
 
 
+class JsonTokenizer(Tokenizer):
+    """A byte-level BPE from a tokenizer.json, the format of Hugging Face's library tokenizers.
+
+    `text` is the file's contents. Special tokens in a text are plain text here, as for GPT2Tokenizer.
+    """
+
+    def __init__(self, text: str):
+        import tokenizers
+
+        self.text = text
+        try:
+            self.bpe = tokenizers.Tokenizer.from_str(text)
+            decoder = json.loads(text)["decoder"]["type"]
+        except Exception as error:  # the library raises Exception itself
+            raise UserError(f"not a tokenizer.json ({' '.join(str(error).split())[:100]})") from None
+        if decoder != "ByteLevel":
+            raise UserError(f"its decoder is {decoder}, and only those of byte-level BPE are known")
+        self.bpe.encode_special_tokens = True
+        self.vocab_size = self.bpe.get_vocab_size()
+        self.end_of_text = self.bpe.token_to_id(END_OF_TEXT)
+        whole = {index: token.content for index, token in self.bpe.get_added_tokens_decoder().items()}
+        tokens = [self.bpe.id_to_token(index) or "" for index in range(self.vocab_size)]
+        self.token_bytes = [
+            utf8(whole[index]) if index in whole else bytes(BYTE_OF.get(char, 0) for char in token)
+            for index, token in enumerate(tokens)
+        ]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        utf8(text)  # raises UserError for half a surrogate pair
+        return np.array(self.bpe.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "json", "text": self.text}
+
+
+def byte_of_character() -> dict[str, int]:
+    """The byte for which a character stands in the tokens of a byte-level BPE: GPT-2's table.
+
+    Printable characters of Latin-1 stand for themselves; the other bytes, in order, are characters from 256 on.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_OF = byte_of_character()
+
+
+def pretrained_description(name: str) -> dict[str, Any]:
+    """describe() of a model from Hugging Face: of the tokenizer.json in its folder, or else GPT-2's."""
+    path = Path(name) / "tokenizer.json"
+    return {"kind": "json", "text": path.read_text(encoding="utf-8")} if path.is_file() else {"kind": "gpt2"}
+
+
 def utf8(text: str) -> bytes:
     """`text` as UTF-8. Raises UserError for half a surrogate pair, which JSON escapes and arguments can contain."""
     try:
@@ -151,6 +206,8 @@ def from_description(description: Any) -> Tokenizer:
             return ByteTokenizer()
         case {"kind": "gpt2"}:
             return GPT2Tokenizer()
+        case {"kind": "json", "text": str(text)}:
+            return JsonTokenizer(text)
     raise UserError(f"not the description of a tokenizer: {ascii(description)[:80]}")
 
 

@@ -44,7 +44,8 @@ def test_commands_can_be_parsed(path, monkeypatch, tmp_path):
     for name in ("train.py", "model.py"):  # ../nanoGPT, as bench.py sees it
         (tmp_path / "nanoGPT").mkdir(exist_ok=True)
         (tmp_path / "nanoGPT" / name).touch()
-    (tmp_path / "here").mkdir()
+    for name in ("SmolLM2-135M-Instruct", "here"):
+        (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for command in commands(path):
         script, *words = shlex.split(command)
