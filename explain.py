@@ -23,7 +23,6 @@ from kqv.errors import UserError, one_line_errors
 from kqv.machine import limit_spinning
 from kqv.settings import Model, at_least, check_init_from
 
-LONGEST = 1024  # tokens of shapes, which keeps all steps; their scores would fill the memory
 COMMANDS = ("shapes", "attention", "positions", "loss", "context", "whatif")
 
 
@@ -82,13 +81,12 @@ from kqv.tokenizer import Tokenizer, encode_prompt
 from model import ATTENTIONS, GPT, GPTConfig, explicit_attention
 
 KINDS = {"png": "picture", "html": "page", "json": "numbers"}
-MODEL = ("out_dir", "init_from")  # settings that name a model
 SENTENCE = "The pizza came out of the oven and it tasted good."
 MOST_TOKENS = 256  # in attention maps: the page of more would be too large for a browser
 
 
-def given(origin: dict[str, str], *keys: str) -> bool:
-    return any(origin[key] != "default" for key in keys)
+def names_a_model(origin: dict[str, str]) -> bool:
+    return any(origin[key] != "default" for key in ("out_dir", "init_from"))
 
 
 def load(cfg: Explain) -> tuple[GPT, Tokenizer]:
@@ -99,7 +97,7 @@ def load(cfg: Explain) -> tuple[GPT, Tokenizer]:
 
 def load_or_make(cfg: Explain, origin: dict[str, str]) -> GPT:
     """The model that is given, or an untrained one with these settings."""
-    if given(origin, *MODEL):
+    if names_a_model(origin):
         return load(cfg)[0]
     torch.manual_seed(1337)
     return GPT(model_config(GPTConfig, cfg, cfg.vocab_size))
@@ -128,13 +126,13 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def shapes(cfg: Explain, origin: dict[str, str]) -> list[dict[str, Any]]:
-    """Print a line for each step of the forward pass, on a sequence of block_size tokens, at most LONGEST."""
+    """Print a line for each step of the forward pass, on a sequence of block_size tokens, at most 1,024."""
     gpt = load_or_make(cfg, origin)
-    # the fused kernel, in the settings of most models, would show no scores
-    gpt.config.attention = "sdpa" if cfg.attention == "sdpa" else "explicit"
+    gpt.config.attention = "sdpa" if cfg.attention == "sdpa" else "explicit"  # the fused kernel shows no scores
     for block in gpt.transformer.h:
         block.attn.attention = ATTENTIONS[gpt.config.attention]
-    tokens = torch.arange(min(gpt.config.block_size, LONGEST))[None] % gpt.config.vocab_size  # (1, T)
+    T = min(gpt.config.block_size, 1024)  # all steps are kept, and longer texts' scores would fill the memory
+    tokens = torch.arange(T)[None] % gpt.config.vocab_size  # (1, T)
     steps = forward_steps(gpt, tokens, tokens, GPT, cfg.backward)
     print_table(table_of(steps, cfg.backward), left=("shape", "in numbers", "operation", "why"))
     print(f"{sum(step.parameters for step in steps):,} parameters, {sum(step.flops for step in steps):,} FLOPs forward")
@@ -188,7 +186,7 @@ def positions(cfg: Explain, origin: dict[str, str]) -> dict[str, Any]:
         raise UserError("position='none': this model has no positions; the causal mask alone tells it the order")
     table = inside.position_table(model_module, gpt)
     similarity = inside.similarity_by_distance(model_module, config, table)
-    when = ", before training" if config.position == "learned" and not given(origin, *MODEL) else ""
+    when = ", before training" if config.position == "learned" and not names_a_model(origin) else ""
     heading = f"{config.position} positions{when}: {config.block_size} positions, {table.size(1)} channels"
     write(cfg, "png", maps.draw_positions(table, similarity, heading))
     return {"position": config.position, "table": table.tolist(), "similarity": similarity.tolist()}
@@ -220,7 +218,7 @@ def loss(cfg: Explain, origin: dict[str, str]) -> dict[str, Any]:
 
 def experiment(cfg: Explain, origin: dict[str, str]) -> tuple[list[str], Path]:
     """Flags for the runs of context or whatif, and their folder: out-context or out-whatif, if none is given."""
-    cfg.out_dir = cfg.out_dir if given(origin, "out_dir") else f"out-{cfg.words[0]}"
+    cfg.out_dir = f"out-{cfg.words[0]}" if origin["out_dir"] == "default" else cfg.out_dir
     return [f"--dataset={cfg.dataset}", f"--data_dir={cfg.data_dir}"], Path(cfg.out_dir)
 
 
@@ -251,8 +249,7 @@ def context(cfg: Explain, origin: dict[str, str]) -> dict[str, Any]:
 
 
 def main(cfg: Explain, origin: dict[str, str]) -> None:
-    commands = {"shapes": shapes, "attention": attention, "positions": positions, "loss": loss}
-    commands |= {"context": context, "whatif": whatif}
+    commands = dict(zip(COMMANDS, (shapes, attention, positions, loss, context, whatif), strict=True))
     numbers = commands[cfg.words[0]](cfg, origin)
     if cfg.json:
         write(cfg, "json", json.dumps(numbers, ensure_ascii=False) + "\n")

@@ -109,8 +109,7 @@ def train_step(run: Run, stop: StopRequests) -> tuple[Tensor, Tensor] | None:
 
     Returns None, with the weights as they were, if the run is asked to stop between two micro-batches.
     """
-    processes, scaler, iter_num = run.processes, run.scaler, run.state.iter_num
-    micro_steps = run.batches.micro_steps
+    processes, scaler, iter_num, micro_steps = run.processes, run.scaler, run.state.iter_num, run.batches.micro_steps
     # every random draw of a step follows from (seed, iteration, rank), so a resumed run repeats it exactly
     torch.manual_seed(int(np.random.SeedSequence((run.cfg.seed, iter_num, processes.rank)).generate_state(1)[0]))
     own_loss = torch.zeros((), device=processes.device)

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kqv.attention import use_attention
 from kqv.build import SkipInit
 from kqv.loss import NextTokenLoss
+from kqv.machine import LOGITS_SHARE
 from kqv.optim import make_optimizers
 from kqv.settings import TrainConfig
 
@@ -136,7 +137,9 @@ def as_on_gpu(model: nn.Module, sdpa: bool) -> None:
         if isinstance(module, nn.Dropout) and module.p:
             module.forward = lambda x, p=module.p: torch.native_dropout(x, p, True)[0]  # keeps one byte per number
         elif isinstance(module, nn.RMSNorm):
-            module.forward = lambda x, weight=module.weight: FusedNorm.apply(x.type_as(weight), weight)
+            module.forward = lambda x, weight=module.weight: FusedNorm.apply(x, weight)
+        elif isinstance(module, nn.LayerNorm):  # in float32 under CUDA's autocast
+            module.forward = lambda x, own=module.forward: own(x.float())
         elif name.endswith(".attn") and sdpa:
             module.attention = lambda q, k, v, dropout, mask=None: FusedAttention.apply(q, k, v)
 
@@ -151,14 +154,7 @@ def fake_model(model_class: type, config: Any) -> nn.Module:
 
 
 def count_step(
-    model_class: type,
-    config: Any,
-    cfg: TrainConfig,
-    dtype: torch.dtype,
-    gpu: bool,
-    earlier_gradients: bool,
-    rows: int,
-    room: float,
+    model_class: type, config: Any, cfg: TrainConfig, dtype: torch.dtype, gpu: float, earlier: bool, rows: int
 ) -> Census:
     """The census of one training step after the first, and of an evaluation batch of `rows` windows."""
     with FakeTensorMode(), Census() as census:
@@ -175,16 +171,15 @@ def count_step(
             parameter.grad = torch.empty_like(parameter)
         for optimizer in optimizers.values():
             optimizer.step()
-            for state in optimizer.state.values():
-                for tensor in state.values():
-                    census.assign(tensor, "optimizer")
+            for tensor in tree_leaves(list(optimizer.state.values())):
+                census.assign(tensor, "optimizer")
         for parameter in gradients:
             parameter.grad = None
         if cfg.activation_checkpointing:
             for block in model.transformer.h:
                 forward = partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
                 block.forward = partial(keep_input, census, forward)
-        run_moments(census, NextTokenLoss(model, room), gradients, optimizers, cfg, dtype, earlier_gradients, rows)
+        run_moments(census, NextTokenLoss(model, LOGITS_SHARE * gpu), gradients, optimizers, cfg, dtype, earlier, rows)
     return census
 
 
@@ -201,13 +196,13 @@ def run_moments(
     optimizers: dict[str, torch.optim.Optimizer],
     cfg: TrainConfig,
     dtype: torch.dtype,
-    earlier_gradients: bool,
+    earlier: bool,
     rows: int,
 ) -> None:
     """Run the moments of a step that can be its peak, in their order."""
     block_size, autocast = loss_model.model.config.block_size, torch.autocast("cpu", dtype, dtype != torch.float32)
     x, y = (torch.empty(cfg.batch_size, block_size, dtype=torch.int64) for _ in range(2))
-    if earlier_gradients:  # the sum over the step's earlier micro-batches
+    if earlier:  # the sum over the step's earlier micro-batches
         for parameter in gradients:
             parameter.grad = torch.empty_like(parameter)
             census.assign(parameter.grad, "gradients")
@@ -224,29 +219,21 @@ def run_moments(
     for parameter in gradients:
         parameter.grad = None
     census.begin("evaluation")
-    x, y = (torch.empty(rows, block_size, dtype=torch.int64) for _ in range(2))
     loss_model.eval()
     with torch.no_grad(), autocast:
-        loss_model(x, y)
+        loss_model(*(torch.empty(rows, block_size, dtype=torch.int64) for _ in range(2)))
 
 
 def memory(
-    model_class: type,
-    config: Any,
-    cfg: TrainConfig,
-    dtype: torch.dtype,
-    gpu: bool,
-    micro_steps: int,
-    rows: int,
-    room: float = 0,
+    model_class: type, config: Any, cfg: TrainConfig, dtype: torch.dtype, gpu: float, earlier: bool, rows: int
 ) -> tuple[Moments, dict[str, int]]:
     """Bytes at each moment of a step of one process with the whole model; and bytes kept for backward, by part.
 
-    `rows`: windows of an evaluation batch; `room`: see NextTokenLoss.
+    `gpu`: bytes of its memory, 0 for a CPU; `earlier`: whether a step has earlier micro-batches than the last.
     """
     depths = sorted({min(config.n_layer, COUNTED_LAYERS), min(config.n_layer, COUNTED_LAYERS - 1)})
     counts = [
-        count_step(model_class, replace(config, n_layer=depth), cfg, dtype, gpu, micro_steps > 1, rows, room)
+        count_step(model_class, replace(config, n_layer=depth), cfg, dtype, gpu, earlier, rows)
         for depth in (depths if config.n_layer > COUNTED_LAYERS else depths[-1:])
     ]
     last, further = counts[-1], config.n_layer - depths[-1]

@@ -17,7 +17,7 @@ from kqv.census import Moments, flops_per_token, memory, part_of_model
 from kqv.data import EVAL_BATCH, EVAL_TOKENS, Split, find_dataset, padded_vocab_size, read_meta
 from kqv.errors import UserError
 from kqv.hub import pretrained_settings
-from kqv.machine import GPUS, LOGITS_SHARE, cpu_likes_bfloat16, has_nvidia_driver, peak_flops, ram_bytes
+from kqv.machine import GPUS, cpu_likes_bfloat16, has_nvidia_driver, peak_flops, ram_bytes
 from kqv.settings import TrainConfig, check_strategy, learning_rate_concerns, micro_steps_of_each
 
 GPT2_TOKENS_PER_STEP = 12 * 1024 * 40  # configs/train_gpt2.py; GPT-3's, for models of 125M to 760M (arXiv:2005.14165)
@@ -129,8 +129,8 @@ def plan(cfg: TrainConfig, config: Any, model_class: type, data: tuple[int, int,
     check_strategy(cfg.strategy, dtype)
     sizes = parameters(empty_model(model_class, config))
     rows = max(1, min(EVAL_TOKENS // config.block_size, EVAL_BATCH * cfg.eval_iters or EVAL_TOKENS))
-    room = LOGITS_SHARE * available if gpu and available else 0
-    moments, kept = memory(model_class, config, cfg, getattr(torch, dtype), gpu, micro_steps, rows, room)
+    gpu_bytes = (available or 1.0) if gpu else 0.0
+    moments, kept = memory(model_class, config, cfg, getattr(torch, dtype), gpu_bytes, micro_steps > 1, rows)
     moments = share_out(moments, sizes, config.n_layer, world_size, cfg.strategy == "fsdp")
     if cfg.eval_only:
         moments = {"evaluation": moments["evaluation"] | {"optimizer": 0, "gradients": 0}}

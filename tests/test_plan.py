@@ -168,7 +168,7 @@ def wanted_attention(config: GPTConfig) -> str:
 
 def kept_by_plan(config: GPTConfig, B: int, dtype: torch.dtype, gpu: bool) -> int:
     cfg = TrainConfig(batch_size=B, attention=wanted_attention(config))
-    _, kept = census.memory(GPT, config, cfg, dtype, gpu, micro_steps=1, rows=1)
+    _, kept = census.memory(GPT, config, cfg, dtype, float(gpu), earlier=False, rows=1)
     return sum(kept.values())
 
 
