@@ -200,10 +200,11 @@ def compile_and_wrap(
     that the training clock starts afterwards. If it fails in one process, "auto" continues without, with the reason.
     """
     device = processes.device
-    if wanted == "auto":
-        wanted = device.type == "cuda" and saved > COMPILE_SECONDS and "auto"
-        if device.type == "cuda" and not wanted:
-            say(f"not compiling: it takes about {COMPILE_SECONDS} s, and would save {saved:.0f} (--compile does it)")
+    if wanted == "auto" and device.type != "cuda":
+        wanted = False
+    if wanted == "auto" and saved <= COMPILE_SECONDS:
+        say(f"not compiling: it takes about {COMPILE_SECONDS} s, and would save {saved:.0f} (--compile does it)")
+        wanted = False
     if not wanted:
         return wrap(loss_model, processes)
     say("compiling the model, which takes some seconds on a GPU, a minute on a CPU (--compile=False trains without)")

@@ -108,10 +108,8 @@ class NextTokenLoss(nn.Module):
         else:
             x = model.transformer.wte(idx)  # (B, T, C)
         device = x.device.type
-        if torch.is_autocast_enabled(
-            device
-        ):  # the residual stream in 16 bits: as good a loss, less memory (dev/LOG.md)
-            x = x.to(torch.get_autocast_dtype(device))
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))  # so is the residual stream; the loss is as good (dev/LOG.md)
         return self.loss(model.hidden_states(x), head, targets, chunks)
 
     def loss(self, x: Tensor, head: Tensor, targets: Tensor, chunks: bool) -> Tensor:

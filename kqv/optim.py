@@ -72,7 +72,7 @@ class Muon(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self.momentum.zero_()
+        self.momentum = torch.zeros_like(self.momentum)  # a new one: the states may be views of the old one
         self.point_states_at_momentum()
 
     @torch.no_grad()

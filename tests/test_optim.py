@@ -142,6 +142,26 @@ def test_muon_and_adamw_get_all_parameters_each_once():
     assert len(by_muon) == 8 and all(name.startswith("transformer.h.") and "norm" not in name for name in by_muon)
 
 
+def test_momentum_is_kept_by_a_saved_state_also_by_its_own():
+    first, gradients = matrices_and_gradients(steps=3)
+    results = []
+    for how in ("not", "own", "another's"):
+        matrices = [matrix.clone().requires_grad_() for matrix in first]
+        muon = Muon(matrices, lr=0.02, momentum=0.9, weight_decay=0.1, dtype=torch.float32)
+        for gradient in gradients:
+            for matrix, grad in zip(matrices, gradient, strict=True):
+                matrix.grad = grad.clone()
+            muon.step()
+            if how == "own":
+                muon.load_state_dict(muon.state_dict())
+            elif how == "another's":
+                saved, muon = muon.state_dict(), Muon(matrices, 0.02, 0.9, 0.1, torch.float32)
+                muon.load_state_dict(saved)
+        results.append(matrices)
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
 def test_a_bad_step_changes_nothing():
     first, (good, bad, again) = matrices_and_gradients(steps=3)
     results = []
