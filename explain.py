@@ -30,9 +30,9 @@ COMMANDS = ("shapes", "attention", "positions", "loss", "context", "whatif")
 class Explanation:
     POSITIONAL: ClassVar[str] = "words"
     words: Annotated[tuple[str, ...], "shapes | attention | positions | loss [FILE] | context | whatif"] = ()
-    init_from: Annotated[str, "resume (the model in out_dir) | gpt2 | gpt2-medium | ... | a Hugging Face folder"] = (
-        "resume"
-    )
+    init_from: Annotated[
+        str, "resume: the model in out_dir | gpt2 ... | a Hugging Face folder | OWNER/NAME on the hub"
+    ] = "resume"
     out_dir: Annotated[str, "folder of the model, or its checkpoint; context, whatif: folder for their runs"] = "out"
     data_dir: Annotated[str, "folder of data sets; nanoGPT's checkpoints need DATASET/meta.pkl in it"] = "data"
     text: Annotated[str | None, "attention, loss: the text; None: a sentence for attention"] = None
@@ -77,7 +77,7 @@ from kqv.documents import open_text
 from kqv.rundir import printable, write_whole
 from kqv.shapes import forward_steps, table_of
 from kqv.tables import print_losses, print_table
-from kqv.tokenizer import Tokenizer, encode_prompt
+from kqv.tokenizer import Tokenizer
 from model import ATTENTIONS, GPT, GPTConfig, explicit_attention
 
 KINDS = {"png": "picture", "html": "page", "json": "numbers"}
@@ -116,7 +116,7 @@ def write(cfg: Explain, kind: str, contents: str | bytes) -> None:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    ids = encode_prompt(tokenizer, text)
+    ids = tokenizer.encode_prompt(text)
     if not ids:
         raise UserError("text is empty: at least one token is needed")
     return ids

@@ -34,7 +34,7 @@ import torch
 from kqv.build import load_trained
 from kqv.generate import FastGeneration
 from kqv.quantized import pack
-from kqv.tokenizer import Tokenizer, encode_prompt
+from kqv.tokenizer import Tokenizer
 from model import GPT, GPTConfig, KVCache, next_token
 
 SEPARATOR = "---------------"  # between samples, as nanoGPT prints it
@@ -126,7 +126,7 @@ def write(
     cfg: SampleConfig,
 ) -> int:
     """Print a continuation of the prompt for each of `samples`, as one batch; returns the number of new tokens."""
-    ids = encode_prompt(tokenizer, prompt)
+    ids = tokenizer.encode_prompt(prompt)
     if not ids:
         raise UserError("start is empty: the model needs at least one token to continue")
     idx = torch.tensor([ids], device=model.transformer.wte.weight.device)  # (1, T), read once for all samples

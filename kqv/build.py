@@ -11,9 +11,10 @@ from torch.overrides import TorchFunctionMode
 from kqv.checkpoint import DAMAGE, load
 from kqv.data import find_dataset, padded_vocab_size, read_meta
 from kqv.errors import UserError
+from kqv.hub_tokenizer import pretrained_description
 from kqv.rundir import BEST, LAST
 from kqv.settings import TrainConfig
-from kqv.tokenizer import GPT2_VOCAB_SIZE, Tokenizer, from_description, pretrained_description
+from kqv.tokenizer import GPT2_VOCAB_SIZE, Tokenizer, from_description
 
 
 def model_config(config_class: type, cfg: Any, vocab_size: int) -> Any:
@@ -59,8 +60,8 @@ def load_trained(
 ) -> tuple[Any, Tokenizer, str]:
     """A trained model on the CPU, in evaluation mode, its tokenizer, and a line that describes it.
 
-    init_from "resume" loads best.pt, or else ckpt.pt, of out_dir, or the file that out_dir names; any other value is a
-    GPT-2's name, or a folder. nanoGPT's checkpoints find their tokenizer in DATA_DIR/DATASET/meta.pkl.
+    init_from "resume" loads best.pt, or else ckpt.pt, of out_dir, or the file that out_dir names; for any other value
+    see find_pretrained. nanoGPT's checkpoints find their tokenizer in DATA_DIR/DATASET/meta.pkl.
 
     Raises UserError.
     """
@@ -73,10 +74,7 @@ def load_trained(
         except UserError as error:
             raise UserError(f"{init_from}: {error}") from None
         return model, tokenizer, f"{init_from}: weights from Hugging Face"
-    path = Path(out_dir)
-    if not path.is_file():
-        path = path / (BEST if (path / BEST).is_file() else LAST)
-    saved = load(path, mmap=True)  # the optimizer's part stays on the disk
+    saved, path = load_run(out_dir)
     model = restore_model(saved, path, model_class, config_class, dropout=0.0).eval()
     try:
         tokenizer = from_description(saved.get("tokenizer") or describe_tokenizer(saved, data_dir))
@@ -87,6 +85,14 @@ def load_trained(
         raise UserError(f"{path}: {sizes}")
     val_loss = saved.get("val_loss", saved["best_val_loss"])
     return model, tokenizer, f"{path}: iteration {saved['iter_num']}, val loss {val_loss:.4f}"
+
+
+def load_run(out_dir: str) -> tuple[dict[str, Any], Path]:
+    """The checkpoint best.pt, or else ckpt.pt, of a folder, or the file that out_dir names; and its path."""
+    path = Path(out_dir)
+    if not path.is_file():
+        path = path / (BEST if (path / BEST).is_file() else LAST)
+    return load(path, mmap=True), path  # the optimizer's part stays on the disk
 
 
 def describe_tokenizer(saved: dict[str, Any], data_dir: str) -> dict[str, Any]:

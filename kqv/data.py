@@ -21,7 +21,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from kqv import ROOT
 from kqv.errors import UserError
-from kqv.tokenizer import GPT2_VOCAB_SIZE, from_description, read_meta_pkl
+from kqv.meta_pkl import read_meta_pkl
+from kqv.tokenizer import GPT2_VOCAB_SIZE, from_description
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,10 @@ from typing import NoReturn
 # packages that are imported when they are used; pip installs each under the name that is imported
 OPTIONAL_PACKAGES = {
     "datasets",
+    "accelerate",
+    "gguf",
     "huggingface_hub",
+    "jinja2",
     "matplotlib",
     "numpy",
     "pyarrow",

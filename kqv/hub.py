@@ -1,13 +1,10 @@
-"""Hugging Face weights -> ours: GPT-2, Llama and Qwen3, by a name on the hub or from a folder in its format.
+"""Hugging Face weights <-> ours: GPT-2, Llama, Mistral and Qwen3, from a folder or a hub, and into a folder.
 
-A family is one table: what its config.json says in GPTConfig's terms, and which of its weights make one of ours.
+A family is one table, read in both directions: how its config.json names our settings, what is the same in all its
+models, and which of its weights make one of ours.
 """
 
-import json
-import pickle
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +13,14 @@ from torch import Tensor
 
 from kqv.build import build_model
 from kqv.errors import UserError
+from kqv.hub_files import GPT2_SIZES, find_config, find_pretrained, read_json, read_weights
 from kqv.tokenizer import GPT2_VOCAB_SIZE
 
-# n_layer, n_head, n_embd of the GPT-2s on the hub
-GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280)}
-GPT2_SIZES["gpt2-xl"] = (48, 25, 1600)
+FREE = (
+    "dropout",
+    "attention",
+    "rope_theta",
+)  # settings that may differ: they are not in the weights' meaning, or named
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}  # theirs: ours
 
 
@@ -29,7 +29,11 @@ ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu"
 
 @dataclass(frozen=True)
 class Family:
-    settings: Callable[[dict[str, Any]], dict[str, Any]]  # config.json -> GPTConfig's settings
+    architecture: str  # the class in transformers
+    settings: dict[str, str]  # ours: theirs, in config.json
+    ours: dict[str, Any]  # our settings that all models of the family have
+    theirs: dict[str, Any]  # settings in config.json that model.py computes; it has no other
+    absent: dict[str, Any]  # the value of a setting that config.json leaves out
     # our weight: theirs, whose rows come one after the other; {} is the number of the layer
     weights: dict[str, tuple[str, ...]]
     prefix: str  # of all names but the head's; files without a head leave it out
@@ -37,110 +41,81 @@ class Family:
     ignored: tuple[str, ...] = ()  # ends of names that are no weights
 
 
-def gpt2_config(theirs: dict[str, Any]) -> dict[str, Any]:
-    refuse(theirs, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    return {
-        "block_size": theirs["n_positions"],
-        "vocab_size": theirs["vocab_size"],
-        "n_layer": theirs["n_layer"],
-        "n_head": theirs["n_head"],
-        "n_embd": theirs["n_embd"],
-        "n_inner": theirs.get("n_inner"),
-        "mlp": ACTIVATIONS[theirs["activation_function"]],
-        "norm_eps": theirs["layer_norm_epsilon"],
-        "tie_embeddings": theirs.get("tie_word_embeddings", True),
-    }
-
-
-def llama_config(theirs: dict[str, Any], qk_norm: bool = False) -> dict[str, Any]:
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # of transformers 5, and before
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    sliding = theirs.get("sliding_window") if theirs.get("use_sliding_window", True) else None
-    # what model.py does not have
-    refuse(theirs, attention_bias=False, mlp_bias=False, hidden_act="silu")
-    refuse({"rope_type": kind, "sliding_window": sliding}, rope_type="default", sliding_window=None)
-    return {
-        "block_size": theirs["max_position_embeddings"],
-        "vocab_size": theirs["vocab_size"],
-        "n_layer": theirs["num_hidden_layers"],
-        "n_head": theirs["num_attention_heads"],
-        "n_kv_head": theirs.get("num_key_value_heads") or theirs["num_attention_heads"],
-        "n_embd": theirs["hidden_size"],
-        "head_dim": theirs.get("head_dim"),
-        "n_inner": theirs["intermediate_size"],
-        "position": "rope",
-        "rope_theta": float(rope.get("rope_theta", theirs.get("rope_theta", 10000.0))),
-        "norm": "rmsnorm",
-        "norm_eps": theirs.get("rms_norm_eps", 1e-6),
-        "mlp": "swiglu",
-        "qk_norm": qk_norm,
-        "bias": False,
-        "tie_embeddings": theirs.get("tie_word_embeddings", False),
-    }
-
-
-def qwen3_config(theirs: dict[str, Any]) -> dict[str, Any]:
-    return llama_config({"use_sliding_window": False, "head_dim": 128} | theirs, qk_norm=True)
-
-
-def refuse(theirs: dict[str, Any], **ours: Any) -> None:
-    """Raise KeyError if one of these settings is there and is another than ours."""
-    for key, value in ours.items():
-        if theirs.get(key, value) != value:
-            raise KeyError(f"{key}={theirs[key]}: model.py has no such model")
-
-
-GPT2_NAMES = ("transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias")
-GPT2_NAMES += ("lm_head.weight",)
-GPT2_NAMES += tuple(
+GPT2_NAMES = ["transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"]
+GPT2_NAMES += ["lm_head.weight"]
+GPT2_NAMES += [
     f"transformer.h.{{}}.{part}.{kind}"
     for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
     for kind in ("weight", "bias")
+]
+GPT2 = Family(
+    architecture="GPT2LMHeadModel",
+    settings={key: key for key in ("vocab_size", "n_layer", "n_head", "n_embd", "n_inner")}
+    | {"block_size": "n_positions", "mlp": "activation_function", "norm_eps": "layer_norm_epsilon"}
+    | {"tie_embeddings": "tie_word_embeddings"},
+    ours={"bias": True, "position": "learned"},
+    theirs={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    absent={"tie_word_embeddings": True, "n_inner": None},
+    weights={name: (name,) for name in GPT2_NAMES},
+    prefix="transformer.",
+    transposed=True,
+    ignored=(".attn.bias", ".attn.masked_bias"),  # masks
 )
-LLAMA_NAMES = {
-    "transformer.wte.weight": ("model.embed_tokens.weight",),
-    "transformer.h.{}.ln_1.weight": ("model.layers.{}.input_layernorm.weight",),
-    "transformer.h.{}.attn.c_attn.weight": tuple(f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkv"),
-    "transformer.h.{}.attn.c_proj.weight": ("model.layers.{}.self_attn.o_proj.weight",),
-    "transformer.h.{}.ln_2.weight": ("model.layers.{}.post_attention_layernorm.weight",),
-    "transformer.h.{}.mlp.c_fc.weight": tuple(f"model.layers.{{}}.mlp.{x}_proj.weight" for x in ("gate", "up")),
-    "transformer.h.{}.mlp.c_proj.weight": ("model.layers.{}.mlp.down_proj.weight",),
-    "transformer.ln_f.weight": ("model.norm.weight",),
-    "lm_head.weight": ("lm_head.weight",),
-}
+LLAMA = Family(
+    architecture="LlamaForCausalLM",
+    settings={"block_size": "max_position_embeddings", "vocab_size": "vocab_size", "n_layer": "num_hidden_layers"}
+    | {"n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "head_dim": "head_dim"}
+    | {"n_embd": "hidden_size", "n_inner": "intermediate_size", "rope_theta": "rope_theta"}
+    | {"norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings"},
+    ours={"bias": False, "position": "rope", "norm": "rmsnorm", "mlp": "swiglu"},
+    theirs={"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+    | {"rope_type": "default", "sliding_window": None},
+    absent={"num_key_value_heads": None, "head_dim": None, "rope_theta": 10000.0, "rms_norm_eps": 1e-6}
+    | {"tie_word_embeddings": False},
+    weights={
+        "transformer.wte.weight": ("model.embed_tokens.weight",),
+        "transformer.h.{}.ln_1.weight": ("model.layers.{}.input_layernorm.weight",),
+        "transformer.h.{}.attn.c_attn.weight": tuple(f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkv"),
+        "transformer.h.{}.attn.c_proj.weight": ("model.layers.{}.self_attn.o_proj.weight",),
+        "transformer.h.{}.ln_2.weight": ("model.layers.{}.post_attention_layernorm.weight",),
+        "transformer.h.{}.mlp.c_fc.weight": tuple(f"model.layers.{{}}.mlp.{x}_proj.weight" for x in ("gate", "up")),
+        "transformer.h.{}.mlp.c_proj.weight": ("model.layers.{}.mlp.down_proj.weight",),
+        "transformer.ln_f.weight": ("model.norm.weight",),
+        "lm_head.weight": ("lm_head.weight",),
+    },
+    prefix="model.",
+    ignored=(".rotary_emb.inv_freq",),
+)
 QK_NORMS = {f"transformer.h.{{}}.attn.{x}_norm.weight": (f"model.layers.{{}}.self_attn.{x}_norm.weight",) for x in "qk"}
 FAMILIES = {
-    "gpt2": Family(
-        gpt2_config,
-        {name: (name,) for name in GPT2_NAMES},
-        prefix="transformer.",
-        transposed=True,
-        ignored=(".attn.bias", ".attn.masked_bias"),  # masks
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "mistral": replace(LLAMA, architecture="MistralForCausalLM"),
+    "qwen3": replace(
+        LLAMA,
+        architecture="Qwen3ForCausalLM",
+        ours=LLAMA.ours | {"qk_norm": True},
+        absent=LLAMA.absent | {"head_dim": 128},
+        weights=LLAMA.weights | QK_NORMS,
     ),
-    "llama": Family(llama_config, LLAMA_NAMES, prefix="model.", ignored=(".rotary_emb.inv_freq",)),
-    "mistral": Family(llama_config, LLAMA_NAMES, prefix="model."),
-    "qwen3": Family(qwen3_config, LLAMA_NAMES | QK_NORMS, prefix="model."),
 }
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
+# -- theirs to ours ----------------------------------------------------------------------------------------------------
 
 
 def load_pretrained(model_class: type, config_class: type, name: str, dropout: float = 0.0) -> Any:
-    """A GPT with weights from Hugging Face. `name`: one of GPT2_SIZES, downloaded if needed, or a folder.
+    """A GPT with weights from Hugging Face. `name`: see find_pretrained.
 
     Raises UserError if the folder has no model of FAMILIES, one that model.py cannot compute, or a damaged one.
     """
-    folder = Path(name)
-    if name in GPT2_SIZES and not folder.is_dir():
-        folder = download(f"openai-community/{name}")
+    folder = find_pretrained(name)
     theirs = read_config(folder)
-    settings = settings_of(theirs, folder)
     try:
-        config = config_class(**settings, dropout=dropout)
+        config = config_class(**our_settings(theirs, folder), dropout=dropout)
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder}: its config.json is not one that model.py can compute ({error})") from None
-    weights = rename(read_weights(folder), FAMILIES[theirs["model_type"]], config, folder)
+    weights = our_weights(read_weights(folder), FAMILIES[theirs["model_type"]], config, folder)
     try:
         return build_model(model_class, config, weights)
     except (RuntimeError, KeyError) as error:
@@ -148,72 +123,50 @@ def load_pretrained(model_class: type, config_class: type, name: str, dropout: f
         raise UserError(f"{folder}: its weights are not those of its config.json ({detail})") from None
 
 
-def download(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=["config.json", "model.safetensors"]))
-    except LocalEntryNotFoundError:
-        name = repository.partition("/")[2]
-        raise UserError(f"could not download {name}: no connection to Hugging Face, and no copy here") from None
-
-
 def pretrained_settings(name: str) -> dict[str, Any]:
-    """The GPTConfig settings of a GPT-2 by its name, or of a folder's model. Downloads nothing."""
+    """The GPTConfig settings of a model by its name; downloads config.json at most."""
     if name in GPT2_SIZES and not Path(name).is_dir():
         n_layer, n_head, n_embd = GPT2_SIZES[name]
         sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
         return sizes | {"block_size": 1024, "vocab_size": GPT2_VOCAB_SIZE, "mlp": "gelu_tanh"}
-    return settings_of(read_config(Path(name)), Path(name))
+    folder = find_config(name)
+    return our_settings(read_config(folder), folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json. Raises UserError if there is none, or none of a known family."""
-    try:
-        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if theirs["model_type"] not in FAMILIES:
-            raise KeyError(f"model_type {theirs['model_type']}")
-    except (FileNotFoundError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        known = ", ".join(FAMILIES)
-        raise UserError(f"{folder} has no config.json of {known} ({type(error).__name__}: {error})") from None
+    theirs = read_json(folder / "config.json")
+    if theirs.get("model_type") not in FAMILIES:
+        known, found = " | ".join(FAMILIES), theirs.get("model_type")
+        raise UserError(f"{folder / 'config.json'}: model_type={found!r}: expected {known}")
     return theirs
 
 
-def settings_of(theirs: dict[str, Any], folder: Path) -> dict[str, Any]:
-    try:
-        return FAMILIES[theirs["model_type"]].settings(theirs)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder}: its config.json is not one that model.py can compute ({error})") from None
+def our_settings(theirs: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings of a config.json in GPTConfig's terms. Raises UserError, by name, for what model.py cannot do."""
+    family, where = FAMILIES[theirs["model_type"]], folder / "config.json"
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # of transformers 5, and before
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: rope_parameters={rope!r}: expected a table")
+    theirs = theirs | {"rope_type": rope.get("type", "default")} | rope
+    if not theirs.get("use_sliding_window", True):
+        theirs["sliding_window"] = None
+    for key, value in family.theirs.items():
+        if theirs.get(key, value) != value:
+            raise UserError(f"{where}: {key}={theirs[key]}: model.py has no such model, only {key}={value}")
+    theirs = family.absent | theirs
+    if missing := [name for name in family.settings.values() if name not in theirs]:
+        raise UserError(f"{where}: it has no {missing[0]}")
+    ours = family.ours | {key: theirs[name] for key, name in family.settings.items()}
+    if "mlp" in family.settings:
+        if ours["mlp"] not in tuple(ACTIVATIONS):
+            known = " | ".join(ACTIVATIONS)
+            raise UserError(f"{where}: {family.settings['mlp']}={ours['mlp']!r}: model.py has only {known}")
+        ours["mlp"] = ACTIVATIONS[ours["mlp"]]
+    return ours
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """A folder's weights by their names there. Raises UserError if they are damaged or would run code."""
-    found = {}
-    if paths := sorted(folder.glob("*.safetensors")):
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            for path in paths:
-                found |= load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged: {error}") from None
-    else:
-        path = folder / "pytorch_model.bin"
-        try:
-            with warnings.catch_warnings():  # about pickle protocols that torch does not write
-                warnings.simplefilter("ignore")
-                found = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged or would run code ({type(error).__name__})") from None
-    named = isinstance(found, dict) and all(isinstance(name, str) for name in found)
-    if not named or not all(torch.is_tensor(tensor) and tensor.is_floating_point() for tensor in found.values()):
-        raise UserError(f"{path} is damaged: not names with a tensor each")
-    return found
-
-
-def rename(found: dict[str, Tensor], family: Family, config: Any, folder: Path) -> dict[str, Tensor]:
+def our_weights(found: dict[str, Tensor], family: Family, config: Any, folder: Path) -> dict[str, Tensor]:
     """Their weights under our names, in float32. Raises UserError if one is missing, or one is left over."""
     known = (family.prefix, "lm_head.")
     found = {name if name.startswith(known) else family.prefix + name: tensor for name, tensor in found.items()}
@@ -221,18 +174,91 @@ def rename(found: dict[str, Tensor], family: Family, config: Any, folder: Path) 
     if config.tie_embeddings:
         found.pop("lm_head.weight", None)
     weights = {}
-    for ours, theirs in family.weights.items():
-        if ours == "lm_head.weight" and config.tie_embeddings:
-            continue
-        for layer in range(config.n_layer) if "{}" in ours else [0]:
-            try:
-                parts = [found.pop(name.format(layer)).float() for name in theirs]
-            except KeyError as error:
-                raise UserError(f"{folder}: its weights are not those of its config.json: no {error}") from None
-            if family.transposed and parts[0].dim() == 2 and ".h." in ours:
-                parts = [part.t().contiguous() for part in parts]
-            weights[ours.format(layer)] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    for ours, theirs in layer_names(family, config):
+        try:
+            parts = [found.pop(name).float() for name in theirs]
+        except KeyError as error:
+            raise UserError(f"{folder}: its weights are not those of its config.json: no {error}") from None
+        if family.transposed and parts[0].dim() == 2 and ".h." in ours:
+            parts = [part.t().contiguous() for part in parts]
+        weights[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
     if found:
         extra = ", ".join(sorted(found)[:3])
         raise UserError(f"{folder}: its weights are not those of its config.json: {extra} are left over")
     return weights
+
+
+def layer_names(family: Family, config: Any) -> list[tuple[str, tuple[str, ...]]]:
+    """Our name and theirs of each weight of a model."""
+    return [
+        (ours.format(layer), tuple(name.format(layer) for name in theirs))
+        for ours, theirs in family.weights.items()
+        if not (ours == "lm_head.weight" and config.tie_embeddings)
+        for layer in (range(config.n_layer) if "{}" in ours else [0])
+    ]
+
+
+# -- ours to theirs ----------------------------------------------------------------------------------------------------
+
+
+def to_pretrained(config: Any, weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A GPTConfig and our weights -> config.json and their weights.
+
+    Raises UserError, with the name of the switch, if no family computes the same.
+    """
+    if config.norm == "layernorm":  # then GPT-2, whose biases and positions are always there, may be the family
+        config, weights = write_out_zeros(config, weights)
+    kind = min(FAMILIES, key=lambda kind: len(cannot_say(config, FAMILIES[kind])))
+    family = FAMILIES[kind]
+    if wrong := cannot_say(config, family):
+        switches = ", ".join(f"{key}={getattr(config, key)}" for key in wrong)
+        raise UserError(f"{switches}: no family of {' | '.join(FAMILIES)} has such a model; {kind} is the closest")
+    theirs = {"model_type": kind, "architectures": [family.architecture], "dtype": "float32"}
+    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+    for key, name in family.settings.items():
+        theirs[name] = names[config.mlp] if key == "mlp" else getattr(config, key)
+    theirs |= family.theirs
+    if theirs.pop("rope_type", None):  # transformers 5 reads this, and version 4 rope_theta
+        theirs["rope_parameters"] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    if "n_positions" in theirs:
+        theirs["n_ctx"] = config.block_size  # llama.cpp's converter reads it
+    return theirs, their_weights(config, weights, family)
+
+
+def write_out_zeros(config: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    """The same model with biases of zero, and with its positions, or none, as a table like a learned one."""
+    weights = dict(weights)
+    if not config.bias:
+        matrices = (".c_attn.weight", ".c_fc.weight", ".c_proj.weight")
+        for name, weight in list(weights.items()):
+            if name.endswith(matrices) or ".ln_" in name:
+                weights[name.removesuffix("weight") + "bias"] = weight.new_zeros(len(weight))
+    if config.position == "none":
+        weights["transformer.wpe.weight"] = weights["transformer.wte.weight"].new_zeros(
+            config.block_size, config.n_embd
+        )
+    position = "rope" if config.position == "rope" else "learned"
+    return replace(config, bias=True, position=position), weights
+
+
+def cannot_say(config: Any, family: Family) -> list[str]:
+    """Our settings that are otherwise in this model than in any of the family's."""
+    same = type(config)(**{key: getattr(config, key) for key in family.settings} | family.ours)
+    wrong = [field.name for field in fields(config) if getattr(config, field.name) != getattr(same, field.name)]
+    if "mlp" in family.settings and config.mlp not in ACTIVATIONS.values():
+        wrong.append("mlp")
+    return [key for key in wrong if key not in FREE]
+
+
+def their_weights(config: Any, weights: dict[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """Our weights under their names, each with its own memory."""
+    queries, keys = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    rows = {1: None, 2: [config.n_inner] * 2, 3: [queries, keys, keys]}  # of gate and up; of queries, keys and values
+    found = {}
+    for ours, theirs in layer_names(family, config):
+        weight = weights[ours].float()
+        if family.transposed and weight.dim() == 2 and ".h." in ours:
+            weight = weight.t()
+        parts = weight.split(rows[len(theirs)]) if len(theirs) > 1 else [weight]
+        found |= {name: part.contiguous().clone() for name, part in zip(theirs, parts, strict=True)}
+    return found

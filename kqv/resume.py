@@ -10,9 +10,10 @@ from kqv.cli import convert
 from kqv.data import Dataset
 from kqv.distributed import Processes
 from kqv.errors import UserError
+from kqv.hub_tokenizer import pretrained_description
 from kqv.rundir import checkpoints
 from kqv.settings import TrainConfig
-from kqv.tokenizer import GPT2_VOCAB_SIZE, from_description, pretrained_description
+from kqv.tokenizer import GPT2_VOCAB_SIZE, from_description
 
 # settings that a resumed run does not take from the checkpoint: they belong to the launch, the machine and the place
 NOT_RESTORED = {"init_from", "out_dir", "data_dir", "eval_only", "plan", "plan_device", "device", "compile", "backend"}
@@ -70,21 +71,21 @@ def restore_settings(
 def check_data(dataset: Dataset, cfg: TrainConfig, saved: dict[str, Any] | None) -> None:
     """Raise UserError if the data do not fit the model: another tokenizer, or other data without allow_other_data."""
     tokenizer = dataset.meta["tokenizer"]
-    if saved is None:
-        its_own = pretrained_description(cfg.init_from)
-        if cfg.init_from not in ("scratch", "auto") and tokenizer != its_own and not is_gpt2s(tokenizer, its_own):
-            reads = "GPT-2's tokens" if its_own["kind"] == "gpt2" else "the tokens of its own tokenizer.json"
-            theirs = f"{dataset.folder} has those of a {tokenizer['kind']} tokenizer"
-            raise UserError(f"init_from={cfg.init_from!r} reads {reads}; {theirs}")
-    elif (changed := changed_data(dataset, saved)) and not cfg.allow_other_data:
+    if saved is None and cfg.init_from not in ("scratch", "auto"):
+        if not same_tokens(tokenizer, pretrained_description(cfg.init_from)):
+            theirs = f"{dataset.folder} has the tokens of a {tokenizer['kind']} tokenizer, not of its own"
+            make = f"python prepare/text.py --tokenizer={cfg.init_from} --input=..."
+            raise UserError(f"init_from={cfg.init_from!r}: {theirs}; this makes them: {make}")
+    elif saved and (changed := changed_data(dataset, saved)) and not cfg.allow_other_data:
         trained = f"its {changed} is not what the checkpoint in {cfg.out_dir} was trained with"
         raise UserError(f"{dataset.folder}: {trained}; --allow_other_data resumes anyway")
 
 
-def is_gpt2s(tokenizer: dict[str, Any], its_own: dict[str, Any]) -> bool:
-    """Whether data of GPT-2's tokenizer fit a model's tokenizer.json: then that is GPT-2's too."""
-    gpt2 = tokenizer["kind"] == "gpt2" and its_own["kind"] == "json"
-    return gpt2 and from_description(its_own).vocab_size == GPT2_VOCAB_SIZE
+def same_tokens(tokenizer: dict[str, Any], its_own: dict[str, Any]) -> bool:
+    """Whether data of one tokenizer are those of a model's: the same but for special names, or GPT-2's both."""
+    if tokenizer["kind"] == "gpt2" and its_own["kind"] == "json":  # then the tokenizer.json is GPT-2's too
+        return from_description(its_own).vocab_size == GPT2_VOCAB_SIZE
+    return {**tokenizer, "config": None} == {**its_own, "config": None}
 
 
 def changed_data(dataset: Dataset, saved: dict[str, Any]) -> str | None:

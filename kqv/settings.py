@@ -4,6 +4,7 @@ Each field is an option of the command line, with its type, its default and, in 
 the class in which a field stands is its heading in `--help`. Settings that are impossible raise UserError.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,9 +27,10 @@ class Machine:
 
 @dataclass(kw_only=True)
 class Training:
-    init_from: Annotated[str, "scratch | resume | auto: resume if there is a run | gpt2 ... gpt2-xl | a folder"] = (
-        "scratch"
-    )
+    init_from: Annotated[
+        str,
+        "scratch | resume | auto: resume if there is a run | gpt2 ... | a Hugging Face folder | OWNER/NAME on the hub",
+    ] = "scratch"
     max_iters: Annotated[int, "optimizer steps in all"] = 600000
     max_minutes: Annotated[float | None, "save and stop after N minutes; not kept on resume"] = None
     patience: Annotated[int | None, "stop after N evaluations without a better val_loss"] = None
@@ -142,9 +144,9 @@ class TrainConfig(Machine, Training, Optimizer, Model, Data, Output):
 
 @dataclass(kw_only=True)
 class Sampling:
-    init_from: Annotated[str, "resume (the model in out_dir) | gpt2 | gpt2-medium | ... | a Hugging Face folder"] = (
-        "resume"
-    )
+    init_from: Annotated[
+        str, "resume: the model in out_dir | gpt2 ... | a Hugging Face folder | OWNER/NAME on the hub"
+    ] = "resume"
     out_dir: Annotated[str, "folder with the ckpt.pt of train.py or of nanoGPT"] = "out"
     data_dir: Annotated[str, "folder of data sets; nanoGPT's checkpoints need DATASET/meta.pkl in it"] = "data"
     start: Annotated[str, 'the prompt: text, "FILE:prompt.txt", or "-" for standard input'] = "\n"
@@ -204,8 +206,10 @@ class WebText:
 
 def check_init_from(init_from: str, *ours: str) -> None:
     known = (*ours, "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-    if init_from not in known and not Path(init_from).is_dir():
-        raise UserError(f"init_from={init_from!r}: expected {' | '.join(known)} | a Hugging Face folder")
+    path, hub_id = Path(init_from), re.fullmatch(r"[\w.-]+/[\w.-]+", init_from)
+    if init_from not in known and not (path.is_dir() or hub_id or (path.suffix == ".gguf" and path.is_file())):
+        more = "a Hugging Face folder | OWNER/NAME on the hub | a .gguf file"
+        raise UserError(f"init_from={init_from!r}: expected {' | '.join(known)} | {more}")
 
 
 def at_least(config: Any, low: int, *keys: str) -> None:

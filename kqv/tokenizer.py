@@ -5,11 +5,9 @@ with the tokenizer that it was trained with.
 """
 
 import json
-import pickle
-import pickletools
+import re
 import threading
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +23,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self.encode_array(text).tolist()
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of `text`; "<|endoftext|>" in it becomes the end-of-text id if the tokenizer has one."""
+        if self.end_of_text is None:
+            return self.encode(text)
+        first, *others = map(self.encode, text.split(END_OF_TEXT))
+        return first + [index for ids in others for index in (self.end_of_text, *ids)]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join([self.token_bytes[index] for index in valid_ids(ids, self.vocab_size)])
@@ -118,38 +123,67 @@ class GPT2Tokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """A byte-level BPE from a tokenizer.json, the format of Hugging Face's library tokenizers.
+    """The BPE of a tokenizer.json, the format of Hugging Face's library tokenizers: byte-level, or with spaces as "▁".
 
-    `text` is the file's contents. Special tokens in a text are plain text here, as for GPT2Tokenizer.
+    `text` is the file's contents; `config` has the names of its special tokens and its chat template, as in
+    tokenizer_config.json. Special tokens in a text are plain text for encode, and special for encode_prompt.
     """
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, config: dict[str, Any] | None = None):
         import tokenizers
 
-        self.text = text
+        self.text, self.config = text, config or {}
         try:
             self.bpe = tokenizers.Tokenizer.from_str(text)
-            decoder = json.loads(text)["decoder"]["type"]
+            self.of_prompt = tokenizers.Tokenizer.from_str(text)
+            decoder = json.loads(text)["decoder"]
+            kinds = {part["type"] for part in decoder.get("decoders", [decoder])}
         except Exception as error:  # the library raises Exception itself
             raise UserError(f"not a tokenizer.json ({' '.join(str(error).split())[:100]})") from None
-        if decoder != "ByteLevel":
-            raise UserError(f"its decoder is {decoder}, and only those of byte-level BPE are known")
+        if not kinds & {"ByteLevel", "ByteFallback"}:
+            raise UserError(f"its decoder is {'/'.join(sorted(kinds))}, and only those of byte-level BPE are known")
         self.bpe.encode_special_tokens = True
         self.vocab_size = self.bpe.get_vocab_size()
-        self.end_of_text = self.bpe.token_to_id(END_OF_TEXT)
+        ends = (END_OF_TEXT, special_token(self.config, "eos_token"))
+        self.end_of_text = next((id for end in ends if (id := self.bpe.token_to_id(end or "")) is not None), None)
+        self.adds_space = "Strip" in kinds  # in front of a text, and decoding takes it away
+        to_bytes = byte_level_bytes if "ByteLevel" in kinds else byte_fallback_bytes
         whole = {index: token.content for index, token in self.bpe.get_added_tokens_decoder().items()}
         tokens = [self.bpe.id_to_token(index) or "" for index in range(self.vocab_size)]
         self.token_bytes = [
-            utf8(whole[index]) if index in whole else bytes(BYTE_OF.get(char, 0) for char in token)
-            for index, token in enumerate(tokens)
+            utf8(whole[index]) if index in whole else to_bytes(token) for index, token in enumerate(tokens)
         ]
 
     def encode_array(self, text: str) -> np.ndarray:
         utf8(text)  # raises UserError for half a surrogate pair
         return np.array(self.bpe.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
+    def encode_prompt(self, text: str) -> list[int]:
+        utf8(text)
+        return self.of_prompt.encode(text).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        text = super().decode(ids)
+        return text.removeprefix(" ") if self.adds_space else text
+
     def describe(self) -> dict[str, Any]:
-        return {"kind": "json", "text": self.text}
+        return {"kind": "json", "text": self.text} | ({"config": self.config} if self.config else {})
+
+
+def special_token(config: dict[str, Any], name: str) -> str | None:
+    """A special token's text in a tokenizer_config.json, where it can also be a table with its "content"."""
+    token = config.get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def byte_level_bytes(token: str) -> bytes:
+    return bytes(BYTE_OF.get(char, 0) for char in token)
+
+
+def byte_fallback_bytes(token: str) -> bytes:
+    """ "▁" is a space, "<0x0A>" a byte."""
+    return bytes([int(token[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", token) else utf8(token.replace("▁", " "))
 
 
 def byte_of_character() -> dict[str, int]:
@@ -163,12 +197,6 @@ def byte_of_character() -> dict[str, int]:
 
 
 BYTE_OF = byte_of_character()
-
-
-def pretrained_description(name: str) -> dict[str, Any]:
-    """describe() of a model from Hugging Face: of the tokenizer.json in its folder, or else GPT-2's."""
-    path = Path(name) / "tokenizer.json"
-    return {"kind": "json", "text": path.read_text(encoding="utf-8")} if path.is_file() else {"kind": "gpt2"}
 
 
 def utf8(text: str) -> bytes:
@@ -189,14 +217,6 @@ def valid_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
     return ids
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of `text`; "<|endoftext|>" in it becomes the end-of-text id if the tokenizer has one."""
-    if tokenizer.end_of_text is None:
-        return tokenizer.encode(text)
-    first, *others = map(tokenizer.encode, text.split(END_OF_TEXT))
-    return first + [index for ids in others for index in (tokenizer.end_of_text, *ids)]
-
-
 def from_description(description: Any) -> Tokenizer:
     """The tokenizer whose describe() returned `description`. Raises UserError for anything else."""
     match description:
@@ -206,50 +226,8 @@ def from_description(description: Any) -> Tokenizer:
             return ByteTokenizer()
         case {"kind": "gpt2"}:
             return GPT2Tokenizer()
+        case {"kind": "json", "text": str(text), "config": dict(config)}:
+            return JsonTokenizer(text, config)
         case {"kind": "json", "text": str(text)}:
             return JsonTokenizer(text)
     raise UserError(f"not the description of a tokenizer: {ascii(description)[:80]}")
-
-
-# All that a pickle of dicts, strings and integers needs. None of these opcodes imports or calls anything.
-PLAIN_OPCODES = {
-    *("PROTO", "FRAME", "STOP", "MARK", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"),
-    *("DICT", "EMPTY_DICT", "SETITEM", "SETITEMS", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1"),
-}
-
-
-def read_meta_pkl(path: Path) -> dict[str, Any]:
-    """The tokenizer description in nanoGPT's meta.pkl. Raises UserError if that is not a character vocabulary.
-
-    Loading a pickle can run any code, so its opcodes are checked first.
-    """
-    data = path.read_bytes()
-    try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name not in PLAIN_OPCODES:
-                raise ValueError(f"{opcode.name} is more than dicts, strings and integers need")
-            if opcode.name.endswith("PUT") and argument > len(data):  # pickle allocates a table of that many entries
-                raise ValueError("loading it would fill the memory")
-        meta = pickle.loads(data)
-    except (
-        pickle.UnpicklingError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        OverflowError,
-    ) as error:
-        raise UserError(f"{path}: not a meta.pkl of nanoGPT's: {error}") from None
-    match meta:
-        case {"vocab_size": int(vocab_size), "itos": dict(itos), "stoi": dict(stoi)}:
-            chars = [itos.get(index) for index in range(len(itos))]
-            if (
-                len(stoi) == len(chars) == vocab_size > 0
-                and all(isinstance(char, str) and len(char) == 1 for char in chars)
-                and stoi == {char: index for index, char in enumerate(chars)}
-            ):
-                utf8("".join(chars))
-                return {"kind": "char", "chars": "".join(chars), "end_of_text": False}
-    raise UserError(f"{path}: its itos and stoi are not one character for each id from 0 to vocab_size - 1")

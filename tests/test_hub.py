@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "m
 
 def save(folder: Path, family: str, shards: bool = False, **options: object) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SIZES | {"initializer_range": 0.3} | options)
+    config = getattr(transformers, f"{family}Config")(**SIZES | {"initializer_range": 0.2} | options)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -76,7 +77,7 @@ def edit(folder: Path, **changes: object) -> None:
         ("Llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type=linear"),
         ("Mistral", {"sliding_window": 16}, "sliding_window=16"),
         ("Qwen3", {"use_sliding_window": True, "sliding_window": 16}, "sliding_window=16"),
-        ("Llama", {"model_type": "gemma3"}, "model_type gemma3"),
+        ("Llama", {"model_type": "gemma3"}, "model_type='gemma3'"),
         ("Llama", {"num_hidden_layers": 3}, "its weights are not those of its config.json: no 'model.layers.2."),
         ("Llama", {"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight, .* are left over"),
         ("Llama", {"hidden_size": 64}, "its weights are not those of its config.json"),
@@ -101,15 +102,18 @@ def test_truncated_weights_are_named(tmp_path):
 
 
 def test_a_made_up_family_is_one_table(tmp_path, monkeypatch):
-    def config(theirs):
-        return hub.llama_config(theirs["text"])
-
-    names = {
-        ours: tuple(name.replace("model.", "net.", 1) for name in theirs) for ours, theirs in hub.LLAMA_NAMES.items()
-    }
-    monkeypatch.setitem(hub.FAMILIES, "made-up", hub.Family(config, names, prefix="net."))
+    made_up = replace(
+        hub.LLAMA,
+        settings=hub.LLAMA.settings | {"n_layer": "depth"},
+        weights={
+            ours: tuple(name.replace("model.", "net.", 1) for name in theirs)
+            for ours, theirs in hub.LLAMA.weights.items()
+        },
+        prefix="net.",
+    )
+    monkeypatch.setitem(hub.FAMILIES, "made-up", made_up)
     theirs = save(tmp_path, "Llama")
-    edit(tmp_path, model_type="made-up", text=json.loads((tmp_path / "config.json").read_text()))
+    edit(tmp_path, model_type="made-up", depth=2)
     path = tmp_path / "model.safetensors"
     save_file({name.replace("model.", "net.", 1): tensor for name, tensor in load_file(path).items()}, path)
     idx = tokens(1, 20, vocab_size=300)
@@ -170,7 +174,7 @@ def test_a_llama_folder_is_sampled_and_looked_into_but_only_trained_on_its_own_t
     assert seen.code in (0, None), seen.err
     assert len(json.loads((tmp_path / "n.json").read_text())["weights"]) == 2
     refused = train(f"--init_from={folder}", "--max_iters=1")
-    assert refused.code == 2 and "reads the tokens of its own tokenizer.json; " in refused.err
+    assert refused.code == 2 and "prepare/text.py --tokenizer=" in refused.err
     (folder / "tokenizer.json").write_text("{}")
     damaged = command("sample.py", f"--init_from={folder}")
     assert damaged.code == 2 and "llama: not a tokenizer.json" in damaged.err

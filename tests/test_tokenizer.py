@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kqv.errors import UserError
-from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, encode_prompt, from_description, read_meta_pkl
+from kqv.meta_pkl import read_meta_pkl
+from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_description
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 # wrong cuts of BPE text would show here: runs of spaces and breaks, contractions, digits, marks, controls, specials
@@ -44,7 +45,7 @@ def test_gpt2_is_tiktokens(gpt2):
         ids = gpt2.encode(text)
         assert ids == reference.encode_ordinary(text) == gpt2.encode_array(text).tolist()
         assert gpt2.decode(ids) == text and gpt2.decode_bytes(ids) == text.encode()
-        assert encode_prompt(gpt2, text) == reference.encode(text, allowed_special="all")
+        assert gpt2.encode_prompt(text) == reference.encode(text, allowed_special="all")
 
     check()
     assert (gpt2.vocab_size, gpt2.end_of_text) == (50257, 50256)
@@ -55,13 +56,13 @@ def test_gpt2_is_tiktokens(gpt2):
 def test_end_of_text_is_an_id_in_prompts_only(gpt2):
     for tokenizer in (CharTokenizer("<|endoftxabc>", end_of_text=True), ByteTokenizer(), gpt2):
         end, a, b = tokenizer.end_of_text, tokenizer.encode("a"), tokenizer.encode("b")
-        assert encode_prompt(tokenizer, "a<|endoftext|>b<|endoftext|>") == [*a, end, *b, end]
-        assert encode_prompt(tokenizer, "<|endoftext|>") == [end] and encode_prompt(tokenizer, "") == []
+        assert tokenizer.encode_prompt("a<|endoftext|>b<|endoftext|>") == [*a, end, *b, end]
+        assert tokenizer.encode_prompt("<|endoftext|>") == [end] and tokenizer.encode_prompt("") == []
         assert end not in tokenizer.encode("<|endoftext|>")
         assert tokenizer.decode_bytes([*a, end, *b]) == b"a<|endoftext|>b"
     without = CharTokenizer("<|endoftx>")
     assert without.end_of_text is None
-    assert encode_prompt(without, "<|endoftext|>") == without.encode("<|endoftext|>")
+    assert without.encode_prompt("<|endoftext|>") == without.encode("<|endoftext|>")
 
 
 def test_half_a_character_is_shown_as_a_replacement(gpt2):

@@ -1,0 +1,115 @@
+"""Write a trained model as a Hugging Face folder: transformers, vLLM, lm_eval and other engines load it as it is.
+
+python export.py out-shakespeare-char my-shakespeare
+python export.py out-lora my-adapter --adapter
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from kqv.cli import parse_command_line
+from kqv.errors import UserError, one_line_errors
+from kqv.machine import limit_spinning
+
+
+@dataclass(kw_only=True)
+class Export:
+    POSITIONAL: ClassVar[str] = "words"
+    words: Annotated[tuple[str, ...], "the run's out_dir, or a checkpoint; and the folder to write"] = ()
+    data_dir: Annotated[str, "folder of data sets; nanoGPT's checkpoints need DATASET/meta.pkl in it"] = "data"
+
+    def __post_init__(self):
+        if len(self.words) != 2:
+            raise UserError("which model, and where to? python export.py OUT_DIR FOLDER")
+
+
+# Parsed before torch is imported, so that --help and a misspelt setting are answered at once.
+SETTINGS = parse_command_line(Export, __doc__) if __name__ == "__main__" else None
+limit_spinning()
+
+from kqv.build import load_run, load_trained
+from kqv.data import padded_vocab_size
+from kqv.hub import to_pretrained
+from kqv.hub_files import read_json, write_folder
+from kqv.hub_tokenizer import tokenizer_files
+from model import GPT, GPTConfig
+
+EMBEDDINGS = ("transformer.wte.weight", "lm_head.weight")
+
+
+def without_padding(model: GPT, vocab_size: int) -> tuple[GPTConfig, dict[str, Any]]:
+    """A model's config and weights, without the rows with which train.py rounds up the vocabulary."""
+    config, weights = model.config, model.state_dict()
+    if config.vocab_size == padded_vocab_size(vocab_size):
+        config.vocab_size = vocab_size
+        weights |= {name: weights[name][:vocab_size] for name in EMBEDDINGS}
+    return config, weights
+
+
+def model_card(folder: str, architecture: str, saved: dict[str, Any], n_parameters: int) -> str:
+    """README.md of the folder: what the model is, how it was trained, and how it is loaded."""
+    settings = saved["config"]
+    data, loss = settings.get("dataset", "unknown"), saved.get("val_loss", saved["best_val_loss"])
+    table = "\n".join(f"| {key} | {value} |" for key, value in sorted({**settings, **saved["model_args"]}.items()))
+    commit = f" Trained at commit {saved['commit']}." if saved.get("commit") else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {folder}
+
+A GPT of {n_parameters / 1e6:.2f}M parameters, trained with kqv for {saved["iter_num"]} iterations on the data set
+"{data}". Its validation loss is {float(loss):.4f} nats per token.{commit}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("{folder}"), AutoTokenizer.from_pretrained("{folder}")
+ids = tokenizer("\\n", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=100, do_sample=True)[0]))
+```
+
+It is a {architecture} in float32. A prompt and its continuation have at most {saved["model_args"]["block_size"]}
+tokens together.
+
+| setting | value |
+|---|---|
+{table}
+"""
+
+
+def commit_of(out_dir: str) -> str | None:
+    """The commit that a run was trained at, if its folder says so."""
+    path = Path(out_dir) / "config.json"
+    return read_json(path).get("environment", {}).get("commit") if path.is_file() else None
+
+
+def main(cfg: Export, origin: dict[str, str]) -> None:
+    out_dir, folder = cfg.words[0], Path(cfg.words[1])
+    model, tokenizer, description = load_trained("resume", out_dir, cfg.data_dir, GPT, GPTConfig)
+    print(description, file=sys.stderr)
+    saved = load_run(out_dir)[0]
+    saved["commit"] = commit_of(out_dir)
+    config, weights = without_padding(model, tokenizer.vocab_size)
+    theirs, their_weights = to_pretrained(config, weights)
+    files, special = tokenizer_files(tokenizer, config.block_size)
+    # generation stops at an end of text, if the tokenizer has one, and at the end of the context
+    generation = {"max_length": config.block_size, "do_sample": True} | special
+    n_parameters = sum(tensor.numel() for tensor in their_weights.values())
+    files |= {
+        "config.json": json.dumps(theirs | special, indent=2),
+        "generation_config.json": json.dumps(generation, indent=2),
+        "README.md": model_card(folder.name, theirs["architectures"][0], saved, n_parameters),
+    }
+    write_folder(folder, files, {"model.safetensors": their_weights})
+    size = f"{n_parameters / 1e6:.2f}M parameters, vocabulary of {config.vocab_size:,}"
+    print(f"{folder}: {theirs['architectures'][0]}, {size}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(*SETTINGS)

@@ -1,0 +1,155 @@
+"""Where models from Hugging Face lie: a name -> the folder with its files, and reading and writing those.
+
+No file is trusted: weights come from safetensors or a checked pickle, names in an index may not leave the folder, and
+no code in a folder is run.
+"""
+
+import json
+import pickle
+import re
+import tempfile
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kqv.errors import UserError
+
+# n_layer, n_head, n_embd of the GPT-2s on the hub
+GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280)}
+GPT2_SIZES["gpt2-xl"] = (48, 25, 1600)
+
+READ = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"]
+READ += ["chat_template.jinja"]  # what is downloaded
+DAMAGE = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError)
+
+
+def find_pretrained(name: str) -> Path:
+    """The folder of a model: a folder, a .gguf file, a GPT-2's name, or OWNER/NAME on the hub, downloaded if needed.
+
+    Raises UserError.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf" and path.is_file():
+        return Path(unpack_gguf(path.resolve()).name)
+    return download(name, READ)
+
+
+def find_config(name: str) -> Path:
+    """A folder with the model's config.json: that of find_pretrained, or one with nothing else in it."""
+    is_local = Path(name).is_dir() or Path(name).suffix == ".gguf"
+    return find_pretrained(name) if is_local else download(name, ["config.json"])
+
+
+def download(name: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repository = f"openai-community/{name}" if name in GPT2_SIZES else name
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(f"{name}: no such folder")
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except LocalEntryNotFoundError:
+        raise UserError(f"could not download {name}: no connection to Hugging Face, and no copy here") from None
+    except (HFValidationError, HfHubHTTPError) as error:  # no such name, or one that needs a token
+        line = " ".join(str(error).split())[:160]
+        raise UserError(f"could not download {name} from Hugging Face ({type(error).__name__}: {line})") from None
+
+
+@lru_cache
+def unpack_gguf(path: Path) -> tempfile.TemporaryDirectory:
+    """A folder with the model and tokenizer of a GGUF file, in float32; it is deleted when Python ends."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tempfile.TemporaryDirectory(prefix="gguf-")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, KeyError, OSError, NotImplementedError) as error:
+        line = " ".join(str(error).split())[:160]
+        raise UserError(f"{path}: not a GGUF file that transformers reads ({line})") from None
+    model.config.__dict__.pop("quantization_config", None)  # else save_pretrained would quantise again
+    model.is_quantized, model.hf_quantizer = False, None
+    model.save_pretrained(folder.name)
+    tokenizer.save_pretrained(folder.name)
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        base = path.parent / "adapter_config.json"
+        hint = "it holds an adapter; --init_from takes the model under it" if base.exists() else "no model's folder"
+        raise UserError(f"{path}: no such file: {hint}") from None
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({' '.join(str(error).split())[:100]})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, those that its index names if it has one. Raises UserError."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    names = read_json(index).get("weight_map")
+    names = sorted(set(names.values())) if isinstance(names, dict) else [None]
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{index}: names {name!r}, which is no file in its folder")
+    return [folder / name for name in names]
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """A folder's weights by their names there. Raises UserError if they are damaged or would run code."""
+    found = {}
+    if paths := weight_files(folder):
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            for path in paths:
+                found |= load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+    else:
+        path = folder / "pytorch_model.bin"
+        try:
+            with warnings.catch_warnings():  # about pickle protocols that torch does not write
+                warnings.simplefilter("ignore")
+                found = torch.load(path, map_location="cpu", weights_only=True)
+        except DAMAGE as error:
+            raise UserError(f"{path} is damaged or would run code ({type(error).__name__})") from None
+    named = isinstance(found, dict) and all(isinstance(name, str) for name in found)
+    if not named or not all(torch.is_tensor(tensor) and tensor.is_floating_point() for tensor in found.values()):
+        raise UserError(f"{path} is damaged: not names with a tensor each")
+    return found
+
+
+def write_folder(folder: Path, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Write text files and safetensors files by their names. The folder appears when all of it is written.
+
+    Raises UserError if the folder is there already.
+    """
+    from safetensors.torch import save_file
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not empty: give another folder, or delete this one")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}-unfinished-", dir=folder.parent) as unfinished:
+        whole = Path(unfinished) / "whole"
+        whole.mkdir()
+        for name, text in texts.items():
+            (whole / name).write_text(text, encoding="utf-8")
+        for name, weights in tensors.items():
+            save_file(weights, whole / name, metadata={"format": "pt"})
+        whole.replace(folder)
