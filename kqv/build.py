@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kqv.checkpoint import DAMAGE, load
-from kqv.data import find_dataset, padded_vocab_size, read_meta
+from kqv.data import find_dataset, padded_vocab_size
 from kqv.errors import UserError
 from kqv.hub_tokenizer import pretrained_description
+from kqv.meta import read_meta
 from kqv.rundir import BEST, LAST
 from kqv.settings import TrainConfig
 from kqv.tokenizer import GPT2_VOCAB_SIZE, Tokenizer, from_description

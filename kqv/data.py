@@ -8,7 +8,6 @@ A data set is a folder that holds one of
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +20,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from kqv import ROOT
 from kqv.errors import UserError
-from kqv.meta_pkl import read_meta_pkl
-from kqv.tokenizer import GPT2_VOCAB_SIZE, from_description
+from kqv.meta import read_meta
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,39 +40,6 @@ def find_dataset(data_dir: str, dataset: str) -> Path:
     if not (ROOT / script).is_file():
         script = f"prepare/text.py --name={dataset} --input=..."
     raise UserError(f"dataset={dataset!r}: no folder {Path(data_dir) / dataset}; make it with: python {script}")
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-    """The description of a data set: "tokenizer", "vocab_size", "dtype" and "splits" (empty if unknown).
-
-    It comes from meta.json, or from nanoGPT's meta.pkl (characters); without either the tokens are GPT-2's.
-    Raises UserError if the file is damaged.
-    """
-    if (folder / "meta.json").exists():
-        return read_meta_json(folder / "meta.json")
-    tokenizer, vocab_size = {"kind": "gpt2"}, GPT2_VOCAB_SIZE
-    if (folder / "meta.pkl").exists():
-        tokenizer = read_meta_pkl(folder / "meta.pkl")
-        vocab_size = len(tokenizer["chars"])
-    return {"tokenizer": tokenizer, "vocab_size": vocab_size, "dtype": "uint16", "splits": {}}
-
-
-def read_meta_json(path: Path) -> dict[str, Any]:
-    """The description that kqv/writer.py wrote, or one with empty "splits". Raises UserError if it is damaged."""
-    try:
-        match meta := json.loads(path.read_text(encoding="utf-8")):
-            case {"tokenizer": tokenizer, "vocab_size": int(size), "dtype": "uint16" | "uint32", "splits": splits}:
-                expected = GPT2_VOCAB_SIZE if tokenizer == {"kind": "gpt2"} else from_description(tokenizer).vocab_size
-                if size != expected:
-                    raise UserError(f"vocab_size {size} is not its tokenizer's, {expected}")
-                match splits:
-                    case {"train": {"tokens": int(), "bytes": int()}, "val": {"tokens": int(), "bytes": int()}}:
-                        return meta
-                if splits == {}:
-                    return meta
-        raise UserError("not the description of a data set")
-    except (ValueError, UserError) as error:
-        raise UserError(f"{path} is damaged: {error}; prepare the data again") from None
 
 
 def open_tokens(path: Path, dtype: str, recorded: dict[str, Any], vocab_size: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kqv.build import build_model
 from kqv.errors import UserError
-from kqv.hub_files import GPT2_SIZES, find_config, find_pretrained, read_json, read_weights
+from kqv.hub_files import GPT2_SIZES, find_pretrained, read_json, read_weights
 from kqv.tokenizer import GPT2_VOCAB_SIZE
 
 FREE = (
@@ -41,13 +41,9 @@ class Family:
     ignored: tuple[str, ...] = ()  # ends of names that are no weights
 
 
-GPT2_NAMES = ["transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias"]
-GPT2_NAMES += ["lm_head.weight"]
-GPT2_NAMES += [
-    f"transformer.h.{{}}.{part}.{kind}"
-    for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-    for kind in ("weight", "bias")
-]
+GPT2_PARTS = [f"h.{{}}.{part}" for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")]
+GPT2_NAMES = [f"transformer.{part}.{kind}" for part in ("ln_f", *GPT2_PARTS) for kind in ("weight", "bias")]
+GPT2_NAMES += ["transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"]
 GPT2 = Family(
     architecture="GPT2LMHeadModel",
     settings={key: key for key in ("vocab_size", "n_layer", "n_head", "n_embd", "n_inner")}
@@ -105,10 +101,7 @@ FAMILIES = {
 
 
 def load_pretrained(model_class: type, config_class: type, name: str, dropout: float = 0.0) -> Any:
-    """A GPT with weights from Hugging Face. `name`: see find_pretrained.
-
-    Raises UserError if the folder has no model of FAMILIES, one that model.py cannot compute, or a damaged one.
-    """
+    """A GPT with weights from Hugging Face; for `name` see find_pretrained. Raises UserError."""
     folder = find_pretrained(name)
     theirs = read_config(folder)
     try:
@@ -129,7 +122,7 @@ def pretrained_settings(name: str) -> dict[str, Any]:
         n_layer, n_head, n_embd = GPT2_SIZES[name]
         sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
         return sizes | {"block_size": 1024, "vocab_size": GPT2_VOCAB_SIZE, "mlp": "gelu_tanh"}
-    folder = find_config(name)
+    folder = find_pretrained(name, ["config.json"])
     return our_settings(read_config(folder), folder)
 
 
@@ -146,8 +139,6 @@ def our_settings(theirs: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The settings of a config.json in GPTConfig's terms. Raises UserError, by name, for what model.py cannot do."""
     family, where = FAMILIES[theirs["model_type"]], folder / "config.json"
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # of transformers 5, and before
-    if not isinstance(rope, dict):
-        raise UserError(f"{where}: rope_parameters={rope!r}: expected a table")
     theirs = theirs | {"rope_type": rope.get("type", "default")} | rope
     if not theirs.get("use_sliding_window", True):
         theirs["sliding_window"] = None
@@ -202,10 +193,7 @@ def layer_names(family: Family, config: Any) -> list[tuple[str, tuple[str, ...]]
 
 
 def to_pretrained(config: Any, weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A GPTConfig and our weights -> config.json and their weights.
-
-    Raises UserError, with the name of the switch, if no family computes the same.
-    """
+    """A GPTConfig and our weights -> config.json and their weights. Raises UserError if no family has its switches."""
     if config.norm == "layernorm":  # then GPT-2, whose biases and positions are always there, may be the family
         config, weights = write_out_zeros(config, weights)
     kind = min(FAMILIES, key=lambda kind: len(cannot_say(config, FAMILIES[kind])))
@@ -227,16 +215,11 @@ def to_pretrained(config: Any, weights: dict[str, Tensor]) -> tuple[dict[str, An
 
 def write_out_zeros(config: Any, weights: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
     """The same model with biases of zero, and with its positions, or none, as a table like a learned one."""
-    weights = dict(weights)
-    if not config.bias:
-        matrices = (".c_attn.weight", ".c_fc.weight", ".c_proj.weight")
-        for name, weight in list(weights.items()):
-            if name.endswith(matrices) or ".ln_" in name:
-                weights[name.removesuffix("weight") + "bias"] = weight.new_zeros(len(weight))
+    with_bias = [name for name in weights if not config.bias and (".ln_" in name or ".c_" in name)]
+    zeros = {name.removesuffix("weight") + "bias": torch.zeros(len(weights[name])) for name in with_bias}
+    weights = weights | zeros
     if config.position == "none":
-        weights["transformer.wpe.weight"] = weights["transformer.wte.weight"].new_zeros(
-            config.block_size, config.n_embd
-        )
+        weights["transformer.wpe.weight"] = torch.zeros(config.block_size, config.n_embd)
     position = "rope" if config.position == "rope" else "learned"
     return replace(config, bias=True, position=position), weights
 

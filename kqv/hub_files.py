@@ -22,28 +22,22 @@ from kqv.errors import UserError
 GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280)}
 GPT2_SIZES["gpt2-xl"] = (48, 25, 1600)
 
-READ = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"]
-READ += ["chat_template.jinja"]  # what is downloaded
+TOKENIZER = ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+WHOLE = [*TOKENIZER, "*.safetensors", "*.safetensors.index.json"]  # what is downloaded of a model
 DAMAGE = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError)
 
 
-def find_pretrained(name: str) -> Path:
-    """The folder of a model: a folder, a .gguf file, a GPT-2's name, or OWNER/NAME on the hub, downloaded if needed.
+def find_pretrained(name: str, files: list[str] = WHOLE) -> Path:
+    """The folder of a model: a folder, a .gguf file, a GPT-2's name, or OWNER/NAME on the hub.
 
-    Raises UserError.
+    From the hub `files` are downloaded, unless they were before. Raises UserError.
     """
     path = Path(name)
     if path.is_dir():
         return path
     if path.suffix == ".gguf" and path.is_file():
         return Path(unpack_gguf(path.resolve()).name)
-    return download(name, READ)
-
-
-def find_config(name: str) -> Path:
-    """A folder with the model's config.json: that of find_pretrained, or one with nothing else in it."""
-    is_local = Path(name).is_dir() or Path(name).suffix == ".gguf"
-    return find_pretrained(name) if is_local else download(name, ["config.json"])
+    return download(name, files)
 
 
 def download(name: str, patterns: list[str]) -> Path:

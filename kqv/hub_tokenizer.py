@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kqv.errors import UserError
-from kqv.hub_files import GPT2_SIZES, find_pretrained, read_json
+from kqv.hub_files import GPT2_SIZES, TOKENIZER, find_pretrained, read_json
 from kqv.tokenizer import BYTE_OF, END_OF_TEXT, CharTokenizer, GPT2Tokenizer, JsonTokenizer, Tokenizer, special_token
 
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -23,7 +23,7 @@ def pretrained_description(name: str) -> dict[str, Any]:
     """
     if name in GPT2_SIZES and not Path(name).is_dir():
         return {"kind": "gpt2"}  # needs no download of the weights
-    path = Path(name) if Path(name).suffix == ".json" else find_pretrained(name) / "tokenizer.json"
+    path = Path(name) if Path(name).suffix == ".json" else find_pretrained(name, TOKENIZER) / "tokenizer.json"
     if not path.is_file():
         config = path.parent / "config.json"
         if config.is_file() and read_json(config).get("model_type") == "gpt2":
@@ -82,6 +82,7 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> tuple[dict[str, st
         ids = {"bos_token_id": start, "eos_token_id": None, "pad_token_id": start}
     config |= {"tokenizer_class": "PreTrainedTokenizerFast"}  # transformers 4 has no TokenizersBackend
     config |= {"clean_up_tokenization_spaces": False, "model_max_length": block_size}
+    config |= {"model_input_names": ["input_ids", "attention_mask"]}  # GPT-2 would add an embedding of token_type_ids
     files = {"tokenizer.json": bpe.to_str(pretty=True)}
     if template := config.get("chat_template"):
         files["chat_template.jinja"] = template

@@ -14,10 +14,11 @@ import torch
 from kqv import ROOT
 from kqv.build import empty_model, model_config
 from kqv.census import Moments, flops_per_token, memory, part_of_model
-from kqv.data import EVAL_BATCH, EVAL_TOKENS, Split, find_dataset, padded_vocab_size, read_meta
+from kqv.data import EVAL_BATCH, EVAL_TOKENS, Split, find_dataset, padded_vocab_size
 from kqv.errors import UserError
 from kqv.hub import pretrained_settings
 from kqv.machine import GPUS, cpu_likes_bfloat16, has_nvidia_driver, peak_flops, ram_bytes
+from kqv.meta import read_meta
 from kqv.settings import TrainConfig, check_strategy, learning_rate_concerns, micro_steps_of_each
 
 GPT2_TOKENS_PER_STEP = 12 * 1024 * 40  # configs/train_gpt2.py; GPT-3's, for models of 125M to 760M (arXiv:2005.14165)

@@ -23,7 +23,7 @@ from kqv import ROOT
 from kqv.documents import Document
 from kqv.errors import UserError
 from kqv.splits import choose_by_content, cut_each, warn_of_overlap
-from kqv.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, utf8
+from kqv.tokenizer import ByteTokenizer, CharTokenizer, JsonTokenizer, Tokenizer, utf8
 
 Batch = list[tuple[str, str | None]]  # (split, text); text None is the end of a document
 Encoded = dict[str, tuple[np.ndarray, int]]  # split -> its next token ids, and the bytes of text they encode
@@ -38,6 +38,7 @@ CHUNK = 100_000  # characters encoded at once; measured with tiktoken on 2 cores
 # anywhere; so a file without whitespace is not held in memory as a whole.
 WORD_END = re.compile(r"\S(?=\s)")
 ANYWHERE = re.compile(r".", re.DOTALL)
+NOWHERE = re.compile(r"(?!)")
 
 
 def dataset_folder(name: str, data_dir: str, origin: dict[str, str]) -> Path:
@@ -75,6 +76,8 @@ def write_dataset(
         how = f"{val_fraction:g} of the documents are val, chosen by a hash of their text"
     separate = tokenizer.end_of_text is not None and len(first) > 1
     cut = ANYWHERE if isinstance(tokenizer, CharTokenizer | ByteTokenizer) else WORD_END
+    if isinstance(tokenizer, JsonTokenizer):  # its words may be others: each document is encoded as a whole
+        cut = NOWHERE
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
     with unfinished_folder(folder) as unfinished:

@@ -5,15 +5,16 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # kqv, also from a clone that is not installed
 
 from kqv import cli
 from kqv.documents import find_files, read_documents
 from kqv.errors import UserError
+from kqv.hub_tokenizer import pretrained_description
 from kqv.suggest import print_next
-from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, from_description
 from kqv.writer import dataset_folder, write_dataset
 
 
@@ -21,18 +22,23 @@ from kqv.writer import dataset_folder, write_dataset
 class Text:
     input: Annotated[tuple[str, ...], "file, folder, or - for standard input; can be given more than once"] = ()
     name: Annotated[str | None, "name of the data set; None: that of the input"] = None
-    tokenizer: Annotated[Literal["char", "byte", "gpt2"], "characters, bytes, or GPT-2's BPE (a download)"] = "gpt2"
+    tokenizer: Annotated[
+        str,
+        "char | byte | gpt2 (a download) | a tokenizer.json or the folder of one | OWNER/NAME on the Hugging Face hub",
+    ] = "gpt2"
     val_fraction: Annotated[float, "share of the text for validation"] = 0.1
     field: Annotated[str, "field or column of .jsonl and .parquet files that holds the text"] = "text"
     data_dir: Annotated[str, "folder of data sets"] = "data"
 
 
 def make_tokenizer(kind: str, files: list[Path], field: str) -> Tokenizer:
-    """The tokenizer of that kind; "char" has the characters of the files. Raises UserError if it cannot be had."""
+    """The tokenizer of that kind or place; "char" has the characters of the files. Raises UserError."""
     if kind == "byte":
         return ByteTokenizer()
     if kind == "gpt2":
         return GPT2Tokenizer("--tokenizer=byte and --tokenizer=char need no download")
+    if kind != "char":
+        return from_description(pretrained_description(kind))
     characters, count = set(), 0
     for count, document in enumerate(read_documents(files, field), 1):  # noqa: B007
         for piece in document:

@@ -26,8 +26,9 @@ import transformers
 
 from kqv import checkpoint
 from kqv.build import restore_model
-from kqv.data import Split, read_meta
+from kqv.data import Split
 from kqv.errors import UserError
+from kqv.meta import read_meta
 from model import GPT, GPTConfig
 from tests.conftest import ROOT, TINY
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kqv.data import Split, find_dataset, read_meta
+from kqv.data import Split, find_dataset
 from kqv.errors import UserError
+from kqv.meta import read_meta
 
 META = {"tokenizer": {"kind": "byte"}, "vocab_size": 70_000, "dtype": "uint16", "splits": {}}
 

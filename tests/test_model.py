@@ -170,9 +170,9 @@ def test_greedy_tokens_are_those_of_hugging_face_generate(tmp_path):
 def test_folders_that_are_not_gpt2_are_refused(tmp_path, change):
     hf = transformers.GPT2Config(vocab_size=61, n_positions=16, n_embd=32, n_layer=1, n_head=4).to_dict()
     (tmp_path / "config.json").write_text(json.dumps(hf | change))
-    with pytest.raises(UserError, match=r"its config\.json is not one that model\.py can compute"):
+    with pytest.raises(UserError, match=r"config\.json"):
         GPT.from_pretrained(str(tmp_path))
-    with pytest.raises(UserError, match=r"has no config\.json of gpt2, llama"):
+    with pytest.raises(UserError, match=r"nowhere: no such folder"):
         GPT.from_pretrained(str(tmp_path / "nowhere"))
 
 

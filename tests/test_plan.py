@@ -118,7 +118,7 @@ def test_pretrained_models_are_planned_from_their_names_or_folders(tmp_path):
     planned = planned_config(GPTConfig, settings(f"--init_from={tmp_path}", "--block_size=16"), 65)
     assert (planned.n_layer, planned.n_embd, planned.n_inner, planned.mlp) == (2, 8, 20, "gelu_tanh")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"has no config\.json of gpt2, llama"):
+    with pytest.raises(UserError, match=r"config\.json: model_type=None: expected gpt2"):
         planned_config(GPTConfig, settings(f"--init_from={tmp_path}"), 65)
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kqv.errors import UserError
-from kqv.meta_pkl import read_meta_pkl
+from kqv.meta import read_meta_pkl
 from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_description
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))

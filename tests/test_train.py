@@ -29,11 +29,12 @@ from torch.nn import functional as F
 
 from kqv import checkpoint, distributed
 from kqv.build import restore_model
-from kqv.data import Split, read_meta
+from kqv.data import Split
 from kqv.errors import UserError
 from kqv.log import Log
 from kqv.loss import NextTokenLoss
 from kqv.machine import peak_flops
+from kqv.meta import read_meta
 from kqv.rundir import checkpoints, hold
 from kqv.tokenizer import from_description
 from model import GPT, GPTConfig

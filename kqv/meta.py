@@ -1,12 +1,13 @@
-"""nanoGPT's meta.pkl: a character vocabulary in a pickle, read without running what a pickle can hold."""
+"""What a data set's folder says about it: meta.json, which kqv/writer.py writes, or nanoGPT's meta.pkl."""
 
+import json
 import pickle
 import pickletools
 from pathlib import Path
 from typing import Any
 
 from kqv.errors import UserError
-from kqv.tokenizer import utf8
+from kqv.tokenizer import GPT2_VOCAB_SIZE, from_description, utf8
 
 # All that a pickle of dicts, strings and integers needs. None of these opcodes imports or calls anything.
 PLAIN_OPCODES = {
@@ -14,6 +15,39 @@ PLAIN_OPCODES = {
     *("DICT", "EMPTY_DICT", "SETITEM", "SETITEMS", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1"),
 }
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The description of a data set: "tokenizer", "vocab_size", "dtype" and "splits" (empty if unknown).
+
+    It comes from meta.json, or from nanoGPT's meta.pkl (characters); without either the tokens are GPT-2's.
+    Raises UserError if the file is damaged.
+    """
+    if (folder / "meta.json").exists():
+        return read_meta_json(folder / "meta.json")
+    tokenizer, vocab_size = {"kind": "gpt2"}, GPT2_VOCAB_SIZE
+    if (folder / "meta.pkl").exists():
+        tokenizer = read_meta_pkl(folder / "meta.pkl")
+        vocab_size = len(tokenizer["chars"])
+    return {"tokenizer": tokenizer, "vocab_size": vocab_size, "dtype": "uint16", "splits": {}}
+
+
+def read_meta_json(path: Path) -> dict[str, Any]:
+    """The description that kqv/writer.py wrote, or one with empty "splits". Raises UserError if it is damaged."""
+    try:
+        match meta := json.loads(path.read_text(encoding="utf-8")):
+            case {"tokenizer": tokenizer, "vocab_size": int(size), "dtype": "uint16" | "uint32", "splits": splits}:
+                expected = GPT2_VOCAB_SIZE if tokenizer == {"kind": "gpt2"} else from_description(tokenizer).vocab_size
+                if size != expected:
+                    raise UserError(f"vocab_size {size} is not its tokenizer's, {expected}")
+                match splits:
+                    case {"train": {"tokens": int(), "bytes": int()}, "val": {"tokens": int(), "bytes": int()}}:
+                        return meta
+                if splits == {}:
+                    return meta
+        raise UserError("not the description of a data set")
+    except (ValueError, UserError) as error:
+        raise UserError(f"{path} is damaged: {error}; prepare the data again") from None
 
 
 def read_meta_pkl(path: Path) -> dict[str, Any]:
