@@ -19,6 +19,7 @@ from kqv.machine import limit_spinning
 class Export:
     POSITIONAL: ClassVar[str] = "words"
     words: Annotated[tuple[str, ...], "the run's out_dir, or a checkpoint; and the folder to write"] = ()
+    adapter: Annotated[bool, "of a run with --lora_rank: only the adapters, as the package peft keeps them"] = False
     data_dir: Annotated[str, "folder of data sets; nanoGPT's checkpoints need DATASET/meta.pkl in it"] = "data"
 
     def __post_init__(self):
@@ -30,11 +31,12 @@ class Export:
 SETTINGS = parse_command_line(Export, __doc__) if __name__ == "__main__" else None
 limit_spinning()
 
-from kqv.build import load_run, load_trained
+from kqv.build import load_run, load_trained, restore_model
 from kqv.data import padded_vocab_size
-from kqv.hub import to_pretrained
-from kqv.hub_files import read_json, write_folder
+from kqv.hub import FAMILIES, layer_names, read_config, to_pretrained
+from kqv.hub_files import find_pretrained, read_json, write_folder
 from kqv.hub_tokenizer import tokenizer_files
+from kqv.lora import peft_adapter
 from model import GPT, GPTConfig
 
 EMBEDDINGS = ("transformer.wte.weight", "lm_head.weight")
@@ -88,8 +90,25 @@ def commit_of(out_dir: str) -> str | None:
     return read_json(path).get("environment", {}).get("commit") if path.is_file() else None
 
 
+def export_adapter(out_dir: str, folder: Path) -> None:
+    """Write a run's adapters as a folder for peft. Raises UserError if it has none."""
+    saved, path = load_run(out_dir)
+    if "lora" not in saved:
+        raise UserError(f"{path} has no adapters: it is a whole model, which is exported without --adapter")
+    model = restore_model(saved, path, GPT, GPTConfig, dropout=0.0)
+    base = find_pretrained(model.lora["base"]["name"])
+    family = FAMILIES[read_config(base)["model_type"]]
+    adapter = peft_adapter(model, layer_names(family, model.config), family.transposed)
+    config, weights = json.dumps(adapter["config"], indent=2), {"adapter_model.safetensors": adapter["weights"]}
+    write_folder(folder, {"adapter_config.json": config}, weights)
+    n_parameters = sum(tensor.numel() for tensor in adapter["weights"].values())
+    print(f"{folder}: adapters of rank {model.lora['rank']}, {n_parameters:,} parameters, to {base}")
+
+
 def main(cfg: Export, origin: dict[str, str]) -> None:
     out_dir, folder = cfg.words[0], Path(cfg.words[1])
+    if cfg.adapter:
+        return export_adapter(out_dir, folder)
     model, tokenizer, description = load_trained("resume", out_dir, cfg.data_dir, GPT, GPTConfig)
     print(description, file=sys.stderr)
     saved = load_run(out_dir)[0]

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from kqv import checkpoint, optim
 from kqv.attention import use_attention
 from kqv.bad_steps import BadSteps
-from kqv.build import build_model, make_model
+from kqv.build import build_model, describe_size, make_model
 from kqv.checkpoint import LoopState
 from kqv.data import Dataset, MicroBatches, open_dataset
 from kqv.distributed import (
@@ -53,6 +53,7 @@ from kqv.distributed import (
 )
 from kqv.evaluate import check_finite, evaluate_splits
 from kqv.log import Clock, Log, Pace
+from kqv.lora import merged_weights, weights_to_save
 from kqv.loss import NextTokenLoss
 from kqv.plots import refresh_picture
 from kqv.resume import check_data, is_comparable, load_saved, restore_settings
@@ -90,7 +91,7 @@ def write_samples(run: Run) -> list[str]:
 
     Every process must call it, because FSDP gathers the weights. Returns [] except in the main process.
     """
-    weights = gather_full(run.bare.state_dict(), main=run.processes.main)
+    weights = gather_full(merged_weights(run.bare), main=run.processes.main)
     if not run.processes.main:
         return []
     model = build_model(GPT, run.bare.config, weights).to(run.processes.device).eval()
@@ -147,8 +148,8 @@ def save(run: Run, best: bool) -> None:
     If that fails, the failure is printed and the run continues: a full disk may have room later. Raises OSError with
     --save_errors=stop, or at the end of the run.
     """
-    parts = {"model": run.bare, **run.optimizers}
-    saved = gather_full({name: part.state_dict() for name, part in parts.items()}, main=run.processes.main)
+    parts = {name: optimizer.state_dict() for name, optimizer in run.optimizers.items()}
+    saved = gather_full(parts | weights_to_save(run.bare), main=run.processes.main)
     if not run.processes.main:
         return
     run.state.bad_steps, run.state.recent_losses = run.bad_steps.counts.tolist(), run.bad_steps.recent_losses
@@ -276,15 +277,15 @@ def main(cfg: TrainConfig, origin: dict[str, str], stop: StopRequests | None = N
     attention = use_attention(bare, cfg.attention, device, dtype)
     if cfg.activation_checkpointing:
         recompute_activations(bare)
-    loss_model = NextTokenLoss(bare, machine.room_for_logits(device))
+    separator = dataset.end_of_text() if cfg.document_mask else None
+    loss_model = NextTokenLoss(bare, machine.room_for_logits(device), separator)
     if cfg.strategy == "fsdp" and processes.connected:
         shard(loss_model, device)
     sequences_per_iter = cfg.gradient_accumulation_steps * cfg.batch_size
     tokens_per_iter = sequences_per_iter * cfg.block_size
-    size, file = f"{bare.num_params() / 1e6:.2f}M parameters", dataset.folder / "train.bin"
     log.say(
-        f"{size} (without position embeddings) on {device} in {dtype}, {attention} attention; "
-        f"{tokens_per_iter:,} tokens per iteration, {dataset.splits['train'].tokens:,} in {file}"
+        f"{describe_size(bare)} on {device} in {dtype}, {attention} attention; {tokens_per_iter:,} tokens per "
+        f"iteration, {dataset.splits['train'].tokens:,} in {dataset.folder / 'train.bin'}"
     )
     state = LoopState() if saved is None else LoopState.from_checkpoint(saved, sequences_per_iter, tokens_per_iter)
 
@@ -324,9 +325,8 @@ def main(cfg: TrainConfig, origin: dict[str, str], stop: StopRequests | None = N
     run = Run(
         cfg, processes, log, dataset, state, bare, loss_model, model, optimizers, scaler, autocast, batches, bad_steps
     )
-    pace = Pace(tokens_per_iter, flops, peak)
     stop.begin(cfg.max_minutes)
-    stopped = train(run, stop=stop, pace=pace, measured=measured)
+    stopped = train(run, Pace(tokens_per_iter, flops, peak), stop, measured)
     if stopped:
         log.say(f"stopped at iteration {state.iter_num} ({stop.reason()}), all is saved; --init_from=resume continues")
     else:
@@ -334,11 +334,11 @@ def main(cfg: TrainConfig, origin: dict[str, str], stop: StopRequests | None = N
             log.say(f"val loss has not improved for {state.evals_since_best} evaluations (patience={cfg.patience})")
         best, folder = f"{state.best_val_loss:.4f}", shlex.quote(str(out_dir))
         log.say(f"done: best val loss {best}; python sample.py --out_dir={folder}")
-    if processes.main and (out_dir / METRICS).stat().st_size:
-        refresh_picture(out_dir, log.say)
-    log.close()
     if lock:
+        if (out_dir / METRICS).stat().st_size:
+            refresh_picture(out_dir, log.say)
         lock.close()
+    log.close()
     processes.close()
     return exit_code_if_stopped() if stopped else 0
 

@@ -35,7 +35,8 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout, mask
     B, H, T, D = q.shape
     q, k = q.type_as(v), k.type_as(v)
     if mask is not None or k.size(2) != T or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=k.size(1) != H)
+        dropout_p = dropout.p if dropout.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, mask is None, enable_gqa=k.size(1) != H)
     k, v = (x.repeat_interleave(H // x.size(1), dim=1).flatten(0, 1) for x in (k, v))  # (B*H, T, D)
     q = q.flatten(0, 1)
     future = q.new_full((T, T), -math.inf).triu(1)  # added to the scores; 0 for the past

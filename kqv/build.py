@@ -11,7 +11,9 @@ from torch.overrides import TorchFunctionMode
 from kqv.checkpoint import DAMAGE, load
 from kqv.data import find_dataset, padded_vocab_size
 from kqv.errors import UserError
+from kqv.hub_files import find_pretrained, fingerprint
 from kqv.hub_tokenizer import pretrained_description
+from kqv.lora import TARGETS, add_lora, freeze, is_adapted, merged_weights, weights_to_save
 from kqv.meta import read_meta
 from kqv.rundir import BEST, LAST
 from kqv.settings import TrainConfig
@@ -35,7 +37,10 @@ def own_attention(wanted: str) -> str:
 def make_model(
     model_class: type, config_class: type, cfg: TrainConfig, vocab_size: int, saved: dict[str, Any] | None
 ) -> Any:
-    """The model to train, on the CPU: the checkpoint's, a new one, or GPT-2. Its context is cut to block_size."""
+    """The model to train, on the CPU: the checkpoint's, a new one, or one from Hugging Face; frozen, adapted as asked.
+
+    Its context is cut to block_size. Raises UserError.
+    """
     if saved:
         source, path = f"the checkpoint in {cfg.out_dir}", Path(cfg.out_dir) / LAST
         free = {"dropout": cfg.dropout, "attention": own_attention(cfg.attention)}
@@ -47,12 +52,50 @@ def make_model(
     else:
         source = cfg.init_from
         model = model_class.from_pretrained(cfg.init_from, dropout=cfg.dropout)
+        if cfg.lora_rank:
+            add_lora(model, base_of(cfg.init_from), cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets or TARGETS)
     if cfg.block_size > model.config.block_size:
         raise UserError(f"block_size={cfg.block_size}: {source} has at most {model.config.block_size}")
     if vocab_size > model.config.vocab_size:
         most = model.config.vocab_size
         raise UserError(f"{cfg.dataset}: its vocabulary has {vocab_size} ids, the model of {source} at most {most}")
     crop_block_size(model, cfg.block_size)
+    freeze(model, cfg.freeze)
+    return model
+
+
+def describe_size(model: Any) -> str:
+    """How many weights a model has, and how many of them are trained if not all are."""
+    size = f"{model.num_params() / 1e6:.2f}M parameters (without position embeddings)"
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    frozen = any(not p.requires_grad for name, p in model.named_parameters() if "wpe" not in name)
+    return f"{size}, {trained / 1e6:.2f}M of them trained," if frozen else size
+
+
+def base_of(init_from: str) -> dict[str, str]:
+    """Where the model under an adapter is, and what its weights are."""
+    folder = find_pretrained(init_from)
+    name = str(folder.resolve()) if Path(init_from).is_dir() else init_from
+    return {"name": name, "sha256": fingerprint(folder)}
+
+
+def adapted_model(saved: dict[str, Any], path: Path, model_class: type, dropout: float) -> Any:
+    """The model of a checkpoint that holds adapters: the one under them, read where it was, and the adapters."""
+    match saved["lora"]:
+        case {"base": {"name": str(name), "sha256": str(sha256)}, "rank": int(rank), "alpha": float(alpha)}:
+            try:
+                folder = find_pretrained(name)
+                model = model_class.from_pretrained(name, dropout=dropout)
+            except UserError as error:
+                raise UserError(f"{path} holds adapters, and the model under them cannot be had: {error}") from None
+            if fingerprint(folder) != sha256:
+                raise UserError(f"{path} holds adapters to other weights than those that are now in {name}")
+            crop_block_size(model, saved["model_args"]["block_size"])
+            add_lora(model, saved["lora"]["base"], rank, alpha, saved["lora"]["targets"])
+    wanted = weights_to_save(model)["model"]
+    if {key: t.shape for key, t in wanted.items()} != {key: t.shape for key, t in saved["model"].items()}:
+        raise ValueError("its adapters are not those of its settings")
+    model.load_state_dict(saved["model"], strict=False)
     return model
 
 
@@ -77,6 +120,8 @@ def load_trained(
         return model, tokenizer, f"{init_from}: weights from Hugging Face"
     saved, path = load_run(out_dir)
     model = restore_model(saved, path, model_class, config_class, dropout=0.0).eval()
+    if is_adapted(model):
+        model = build_model(model_class, model.config, merged_weights(model)).eval()
     try:
         tokenizer = from_description(saved.get("tokenizer") or describe_tokenizer(saved, data_dir))
     except UserError as error:
@@ -119,6 +164,8 @@ def restore_model(saved: dict[str, Any], path: Path, model_class: type, config_c
     """The checkpoint's model, on the CPU, with `overrides` of its config that leave the weights alone (dropout)."""
     try:
         args, kinds = saved["model_args"], get_type_hints(config_class)
+        if "lora" in saved:
+            return adapted_model(saved, path, model_class, overrides["dropout"])
         for key, value in args.items():
             if not isinstance(value, kinds[key] | int) or value != value:  # an int is a float too, but nan is none
                 raise TypeError(f"{key}={value!r}")

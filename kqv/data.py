@@ -20,7 +20,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from kqv import ROOT
 from kqv.errors import UserError
-from kqv.meta import read_meta
+from kqv.meta import MASKED, mask_bit, read_meta
+from kqv.tokenizer import from_description
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,10 +43,11 @@ def find_dataset(data_dir: str, dataset: str) -> Path:
     raise UserError(f"dataset={dataset!r}: no folder {Path(data_dir) / dataset}; make it with: python {script}")
 
 
-def open_tokens(path: Path, dtype: str, recorded: dict[str, Any], vocab_size: int) -> np.ndarray:
+def open_tokens(path: Path, dtype: str, recorded: dict[str, Any], vocab_size: int, masked: bool) -> np.ndarray:
     """Memory-map the token ids of one file: (n,) of `dtype`, or of uint16 if the file is a shard with a header.
 
-    `recorded` is the entry of meta.json for this split, or {}. Raises UserError if the file is damaged.
+    `recorded` is the entry of meta.json for this split, or {}; for `masked` see meta.MASKED. Raises UserError if the
+    file is damaged.
     """
     size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=3).tolist()
     if SHARD_MAGIC in header[:1]:
@@ -66,7 +68,7 @@ def open_tokens(path: Path, dtype: str, recorded: dict[str, Any], vocab_size: in
     if size <= VERIFY_BYTES:
         if "sha256" in recorded and hashlib.sha256(tokens).hexdigest() != recorded["sha256"]:
             raise UserError(f"{path} is damaged: its SHA-256 is not the one in meta.json; prepare the data again")
-        check_ids(tokens, vocab_size, path)
+        check_ids(tokens & (mask_bit(dtype) - 1) if masked else tokens, vocab_size, path)
     return tokens
 
 
@@ -89,10 +91,11 @@ class Split:
         if not paths:
             raise UserError(f"{folder} has no {name}.bin")
         self.block_size, self.vocab_size, self.path = block_size, meta["vocab_size"], folder / f"{name}.bin"
-        recorded = meta["splits"].get(name, {})
-        self.shards = [open_tokens(path, meta["dtype"], recorded, self.vocab_size) for path in paths]
+        recorded, masked = meta["splits"].get(name, {}), meta.get(MASKED, False)
+        self.mask_bit = mask_bit(meta["dtype"]) if masked else None
+        self.shards = [open_tokens(path, meta["dtype"], recorded, self.vocab_size, masked) for path in paths]
         self.tokens = sum(map(len, self.shards))
-        self.bytes = recorded.get("bytes")
+        self.bytes = None if masked else recorded.get("bytes")  # the loss is that of some of the text only
         for path, shard in zip(paths, self.shards, strict=True):
             if len(shard) <= block_size:  # a window reads T + 1 tokens
                 raise UserError(
@@ -133,8 +136,17 @@ class Split:
             for shard in set(shards.tolist()):
                 chosen = shards == shard
                 rows[chosen] = self.views[shard][starts[chosen]]
-        check_ids(tokens, self.vocab_size, self.path)
-        return torch.from_numpy(tokens[:, :-1].astype(np.int64)), torch.from_numpy(tokens[:, 1:].astype(np.int64))
+        x, y = self.inputs_and_targets(tokens)
+        return torch.from_numpy(x.astype(np.int64)), torch.from_numpy(y.astype(np.int64))
+
+    def inputs_and_targets(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Windows (B, T + 1) as stored -> x and y, (B, T) each; y is -1 where nothing is to be learned."""
+        if self.mask_bit is None:
+            check_ids(tokens, self.vocab_size, self.path)
+            return tokens[:, :-1], tokens[:, 1:]
+        ids = tokens & (self.mask_bit - 1)
+        check_ids(ids, self.vocab_size, self.path)
+        return ids[:, :-1], np.where(tokens[:, 1:] & self.mask_bit, -1, ids[:, 1:].astype(np.int64))
 
     def eval_windows(self, limit: int = 0) -> np.ndarray:
         """(n, 2), shard and start of each: adjacent windows over the whole split, or `limit` of them, evenly spaced."""
@@ -156,13 +168,12 @@ class Split:
         rows, T = max(1, min(EVAL_TOKENS // self.block_size, len(windows))), self.block_size
         batches = -(-len(windows) // rows)
         for number in range(rank, world_size * -(-batches // world_size), world_size):
-            tokens = np.full((rows, T + 1), -1, dtype=np.int64)
-            for row, (shard, start) in zip(tokens, windows[number * rows : (number + 1) * rows], strict=False):
-                window = self.shards[shard][start : start + T + 1]
-                row[: len(window)] = window
-            check_ids(tokens, self.vocab_size, self.path)
-            tokens = torch.from_numpy(tokens)
-            yield number, tokens[:, :-1].clamp(min=0), tokens[:, 1:]
+            x, y = np.zeros((rows, T), dtype=np.int64), np.full((rows, T), -1, dtype=np.int64)
+            for row, (shard, start) in enumerate(windows[number * rows : (number + 1) * rows]):
+                window = self.shards[shard][None, start : start + T + 1]  # shorter at the end
+                n = window.shape[1] - 1
+                x[row, :n], y[row, :n] = self.inputs_and_targets(window)
+            yield number, torch.from_numpy(x), torch.from_numpy(y)
 
 
 @dataclass
@@ -178,6 +189,13 @@ class Dataset:
         """The entry for config.json."""
         tokenizer = self.meta["tokenizer"]["kind"]
         return {"folder": str(self.folder), "tokenizer": tokenizer, "splits": self.meta["splits"]}
+
+    def end_of_text(self) -> int:
+        """The id that divides documents. Raises UserError if the tokenizer has none."""
+        end = from_description(self.meta["tokenizer"]).end_of_text
+        if end is None:
+            raise UserError(f"document_mask: the tokenizer of {self.folder} has no end of text between documents")
+        return end
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Annotated, TextIO
 
 from kqv.errors import UserError
+from kqv.settings import at_least
 from kqv.tokenizer import utf8
 
 Document = Iterable[str]
@@ -142,6 +143,27 @@ def parquet_rows(path: Path, field: str) -> Iterator[str]:
 
 
 # -- the downloads of prepare/: (text or documents, their source) ------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Shakespeare:
+    """Settings of prepare/shakespeare.py and prepare/shakespeare_char.py."""
+
+    input: Annotated[str | None, "file with the text; None: download it"] = None
+    data_dir: Annotated[str, "folder of data sets"] = "data"
+
+
+@dataclass(kw_only=True)
+class WebText:
+    """Settings of prepare/openwebtext.py and prepare/fineweb.py."""
+
+    limit: Annotated[int | None, "use only the first N documents; None: all"] = None
+    input: Annotated[tuple[str, ...], ".parquet or .jsonl files, or a folder of them, instead of the download"] = ()
+    val_fraction: Annotated[float, "share of the documents for validation"] = 0.0005
+    data_dir: Annotated[str, "folder of data sets"] = "data"
+
+    def __post_init__(self):
+        at_least(self, 1, "limit")
 
 
 def tiny_shakespeare(path: str | None) -> tuple[str, str]:

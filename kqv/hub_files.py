@@ -4,6 +4,7 @@ No file is trusted: weights come from safetensors or a checked pickle, names in 
 no code in a folder is run.
 """
 
+import hashlib
 import json
 import pickle
 import re
@@ -127,6 +128,16 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if not named or not all(torch.is_tensor(tensor) and tensor.is_floating_point() for tensor in found.values()):
         raise UserError(f"{path} is damaged: not names with a tensor each")
     return found
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of a folder's weights, as they lie in its files."""
+    digest = hashlib.sha256()
+    for path in weight_files(folder) or [folder / "pytorch_model.bin"]:
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def write_folder(folder: Path, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]]) -> None:

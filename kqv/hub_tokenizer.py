@@ -7,7 +7,17 @@ from typing import Any
 
 from kqv.errors import UserError
 from kqv.hub_files import GPT2_SIZES, TOKENIZER, find_pretrained, read_json
-from kqv.tokenizer import BYTE_OF, END_OF_TEXT, CharTokenizer, GPT2Tokenizer, JsonTokenizer, Tokenizer, special_token
+from kqv.tokenizer import (
+    BYTE_OF,
+    END_OF_TEXT,
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    JsonTokenizer,
+    Tokenizer,
+    from_description,
+    special_token,
+)
 
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 CHARACTER_OF = {byte: char for char, byte in BYTE_OF.items()}
@@ -44,6 +54,15 @@ def pretrained_description(name: str) -> dict[str, Any]:
         return CharTokenizer(*chars).describe()
     kept = {key: value for key, value in kept.items() if value is not None}
     return {"kind": "json", "text": text} | ({"config": kept} if kept else {})
+
+
+def find_tokenizer(name: str) -> Tokenizer:
+    """ "byte", "gpt2", or the tokenizer of a model; for its `name` see pretrained_description. Raises UserError."""
+    if name == "byte":
+        return ByteTokenizer()
+    if name == "gpt2":
+        return GPT2Tokenizer("--tokenizer=byte needs no download")
+    return from_description(pretrained_description(name))
 
 
 def character_vocabulary(text: str) -> tuple[str, bool] | None:

@@ -5,6 +5,7 @@ as a whole. N below is B*T, the number of predictions.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         exact = torch.promote_types(dtype, torch.float32)  # of the softmax
         head, loss = weight.to(dtype), x.new_zeros((), dtype=exact)
         logits = head.new_empty(rows, len(head))  # (n, V), reused by each chunk: new memory is slow to write to
-        if training:
-            grad_x, grad_weight = torch.empty_like(x), None
+        learn_head = training and ctx.needs_input_grad[1]
+        grad_x, grad_weight = torch.empty_like(x) if training else None, None
         for start in range(0, len(x), rows):
             part, y = x[start : start + rows].to(dtype), targets[start : start + rows, None]  # (n, C), (n, 1)
             counts = y != -1
@@ -46,14 +47,16 @@ class LinearCrossEntropy(torch.autograd.Function):
             if training:  # d loss / d logits is p / total, the softmax, less 1 for the target
                 p = chunk.copy_(p.scatter_add_(1, y, -total).mul_(counts / total))
                 grad_x[start : start + rows] = p @ head  # (n, C)
-                if grad_weight is None:
+                if not learn_head:
+                    pass
+                elif grad_weight is None:
                     grad_weight = (p.t() @ part).to(weight.dtype)  # (V, n) @ (n, C)
                 elif dtype == weight.dtype:
                     grad_weight.addmm_(p.t(), part)
                 else:
                     grad_weight += p.t() @ part
             del p  # before the next chunk allocates its own
-        n = (targets != -1).sum()
+        n = (targets != -1).sum().clamp(min=1)  # a batch can be all prompt
         if training:
             ctx.save_for_backward(grad_x, grad_weight, n)
         return loss / n
@@ -63,7 +66,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_x, grad_weight, n = ctx.saved_tensors
         grad = grad / n
-        return grad_x.mul_(grad), grad_weight.mul_(grad), None, None
+        return grad_x.mul_(grad), None if grad_weight is None else grad_weight.mul_(grad), None, None
 
 
 class TiedEmbedding(torch.autograd.Function):
@@ -88,16 +91,41 @@ class TiedEmbedding(torch.autograd.Function):
         return None, grad_weight.index_add_(0, idx, grad)
 
 
+class Documents:
+    """Several documents in a sequence, in the place of model.py's KVCache: none sees another, each has its positions.
+
+    idx (B, T); a document begins with the id end_of_text, as a prompt of that id alone does. (A document of no earlier
+    part of the sequence begins at 0.)
+    """
+
+    length = 0  # no tokens are cached
+
+    def __init__(self, idx: Tensor, end_of_text: int, config: Any):
+        begins, place = idx == end_of_text, torch.arange(idx.size(1), device=idx.device)  # (B, T), (T)
+        number = begins.cumsum(dim=1)  # (B, T)
+        self.mask = (number[:, :, None] == number[:, None, :]).tril()[:, None]  # (B, 1, T, T)
+        # rope needs distances only, which are the same counted from any place
+        relative = config.position == "rope"
+        self.pos = place if relative else place - (begins * place).cummax(dim=1).values  # (T) or (B, T)
+
+    def positions(self, T: int) -> Tensor:
+        return self.pos
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return k, v, self.mask
+
+
 class NextTokenLoss(nn.Module):
     """A GPT with its loss, for training and evaluation: (idx, targets), (B, T) each -> mean loss in nats.
 
     The loss is that of GPT.forward; with a large vocabulary it takes less memory, and on CPUs less time. `room`: bytes
-    that the logits may take as a whole; on GPUs that is faster.
+    that the logits may take as a whole; on GPUs that is faster. `end_of_text`: tokens of different documents in a
+    sequence do not see each other; each document begins with this id.
     """
 
-    def __init__(self, model: nn.Module, room: float = 0):
+    def __init__(self, model: nn.Module, room: float = 0, end_of_text: int | None = None):
         super().__init__()
-        self.model, self.room = model, room
+        self.model, self.room, self.end_of_text = model, room, end_of_text
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
         model = self.model
@@ -110,11 +138,14 @@ class NextTokenLoss(nn.Module):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))  # so is the residual stream; the loss is as good (dev/LOG.md)
-        return self.loss(model.hidden_states(x), head, targets, chunks)
+        documents = None if self.end_of_text is None else Documents(idx, self.end_of_text, model.config)
+        x = model.hidden_states(x, documents and [documents] * model.config.n_layer)
+        return self.loss(x, head, targets, chunks)
 
     def loss(self, x: Tensor, head: Tensor, targets: Tensor, chunks: bool) -> Tensor:
         """The loss of the head's inputs x (B, T, C), for head (V, C)."""
         x, targets = x.flatten(0, 1), targets.flatten()  # (N, C), (N)
         if chunks:
             return LinearCrossEntropy.apply(x, head, targets, torch.is_grad_enabled())
-        return F.cross_entropy(F.linear(x, head), targets, ignore_index=-1)
+        loss = F.cross_entropy(F.linear(x, head), targets, ignore_index=-1, reduction="sum")
+        return loss / (targets != -1).sum().clamp(min=1)

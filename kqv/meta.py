@@ -9,6 +9,15 @@ from typing import Any
 from kqv.errors import UserError
 from kqv.tokenizer import GPT2_VOCAB_SIZE, from_description, utf8
 
+# The entry of meta.json that is true if ids with the highest bit set are read and not learned: a prompt, whose
+# response is to be learned. The bit is in the token files, so that nothing can come between ids and mask.
+MASKED = "masked"
+
+
+def mask_bit(dtype: str) -> int:
+    return 2**15 if dtype == "uint16" else 2**31
+
+
 # All that a pickle of dicts, strings and integers needs. None of these opcodes imports or calls anything.
 PLAIN_OPCODES = {
     *("PROTO", "FRAME", "STOP", "MARK", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"),

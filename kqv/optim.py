@@ -40,7 +40,7 @@ def adamw(parameters: Iterable[Tensor], learning_rate: float, betas: tuple[float
 
 def split_for_muon(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The blocks' matrices, for Muon; and the rest (embeddings, head, short convolutions, gains, biases), for AdamW."""
-    matrices = [parameter for parameter in model.transformer.h.parameters() if parameter.dim() == 2]
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2 and p.requires_grad]
     chosen = set(matrices)
     return matrices, [parameter for parameter in model.parameters() if parameter not in chosen]
 

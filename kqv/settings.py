@@ -72,6 +72,9 @@ class Data:
     batch_size: Annotated[int, "sequences in one micro-batch"] = 12
     gradient_accumulation_steps: Annotated[int, "micro-batches in one step, over all processes"] = 5 * 8
     block_size: Annotated[int, "context length, in tokens"] = 1024
+    document_mask: Annotated[bool, "documents in one sequence do not see each other; an end of text divides them"] = (
+        False
+    )
     allow_other_data: Annotated[bool, "allow resuming on other data than the checkpoint's"] = False
 
 
@@ -100,6 +103,16 @@ class Model:
 
 
 @dataclass(kw_only=True)
+class Finetuning:
+    freeze: Annotated[
+        tuple[str, ...], "do not train weights of this name (* and ? match); can be given more than once"
+    ] = ()
+    lora_rank: Annotated[int, "train adapters of this rank instead of the weights: LoRA; 0: off"] = 0
+    lora_alpha: Annotated[float, "adapters are scaled by lora_alpha / lora_rank"] = 16.0
+    lora_targets: Annotated[tuple[str, ...], "layers with adapters, such as attn.c_attn; none given: all four"] = ()
+
+
+@dataclass(kw_only=True)
 class Optimizer:
     optimizer: Annotated[Literal["adamw", "muon"], "muon: Muon for the blocks' matrices, AdamW for the rest"] = "adamw"
     learning_rate: Annotated[float, "peak learning rate (AdamW's)"] = 6e-4
@@ -120,7 +133,7 @@ class Optimizer:
 
 
 @dataclass(kw_only=True)
-class TrainConfig(Machine, Training, Optimizer, Model, Data, Output):
+class TrainConfig(Machine, Training, Finetuning, Optimizer, Model, Data, Output):
     def __post_init__(self):
         check_init_from(self.init_from, "scratch", "resume", "auto")
         at_least(self, 1, "batch_size", "gradient_accumulation_steps", "block_size", "eval_interval", "log_interval")
@@ -138,6 +151,13 @@ class TrainConfig(Machine, Training, Optimizer, Model, Data, Output):
                 raise UserError(f"{key}={getattr(self, key)}: must be at least 0 and below 1")
         if not 0 <= self.decay_fraction <= 1:
             raise UserError(f"decay_fraction={self.decay_fraction}: must be from 0 to 1")
+        at_least(self, 0, "lora_rank", "lora_alpha")
+        if self.document_mask and self.short_conv:
+            raise UserError("document_mask: does not work with short_conv, which mixes each token with those before it")
+        if self.lora_rank and self.init_from in ("scratch", "auto"):
+            raise UserError("lora_rank: adapts a model from Hugging Face; which? --init_from=FOLDER")
+        if self.lora_rank and (self.optimizer == "muon" or self.strategy == "fsdp"):
+            raise UserError("lora_rank: works with optimizer=adamw and strategy=ddp")
         if (self.strategy, self.optimizer) == ("fsdp", "muon"):
             raise UserError("strategy=fsdp: trains with AdamW; optimizer=muon needs whole matrices")
 
@@ -181,27 +201,6 @@ class SampleConfig(Machine, Sampling):
             raise UserError("stop='': must not be empty")
         if not 0.01 <= self.repetition_penalty <= 100:
             raise UserError(f"repetition_penalty={self.repetition_penalty}: must be from 0.01 to 100")
-
-
-@dataclass(kw_only=True)
-class Shakespeare:
-    """Settings of prepare/shakespeare.py and prepare/shakespeare_char.py."""
-
-    input: Annotated[str | None, "file with the text; None: download it"] = None
-    data_dir: Annotated[str, "folder of data sets"] = "data"
-
-
-@dataclass(kw_only=True)
-class WebText:
-    """Settings of prepare/openwebtext.py and prepare/fineweb.py."""
-
-    limit: Annotated[int | None, "use only the first N documents; None: all"] = None
-    input: Annotated[tuple[str, ...], ".parquet or .jsonl files, or a folder of them, instead of the download"] = ()
-    val_fraction: Annotated[float, "share of the documents for validation"] = 0.0005
-    data_dir: Annotated[str, "folder of data sets"] = "data"
-
-    def __post_init__(self):
-        at_least(self, 1, "limit")
 
 
 def check_init_from(init_from: str, *ours: str) -> None:

@@ -31,6 +31,10 @@ class Tokenizer:
         first, *others = map(self.encode, text.split(END_OF_TEXT))
         return first + [index for ids in others for index in (self.end_of_text, *ids)]
 
+    def encode_special(self, text: str) -> list[int]:
+        """The ids of a part of a text, with special tokens."""
+        return self.encode_prompt(text)
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join([self.token_bytes[index] for index in valid_ids(ids, self.vocab_size)])
 
@@ -161,6 +165,10 @@ class JsonTokenizer(Tokenizer):
     def encode_prompt(self, text: str) -> list[int]:
         utf8(text)
         return self.of_prompt.encode(text).ids
+
+    def encode_special(self, text: str) -> list[int]:
+        utf8(text)
+        return self.of_prompt.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         text = super().decode(ids)

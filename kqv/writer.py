@@ -80,9 +80,25 @@ def write_dataset(
         cut = NOWHERE
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
+    workers = workers or min(os.cpu_count() or 1, WORKERS)
+    encoded = encode_all(batches(parts, cut, separate), tokenizer, dtype, workers)
+    meta = write_encoded(folder, encoded, tokenizer, dtype, f"{source}; {how}", total_bytes)
+    if few:  # whole documents are never in both splits
+        warn_of_overlap(folder, dtype, 256 if cut is ANYWHERE else 64, tokenizer.end_of_text)
+    return meta
+
+
+def write_encoded(
+    folder: Path,
+    encoded: Iterable[Encoded],
+    tokenizer: Tokenizer,
+    dtype: np.dtype,
+    source: str,
+    total_bytes: int | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """write_dataset for ids in place of documents; `more` are further entries of meta.json."""
     with unfinished_folder(folder) as unfinished:
-        workers = workers or min(os.cpu_count() or 1, WORKERS)
-        encoded = encode_all(batches(parts, cut, separate), tokenizer, dtype, workers)
         splits = write_splits(unfinished, with_progress(encoded, total_bytes))
         for split, counts in splits.items():
             if not counts["tokens"]:
@@ -93,7 +109,8 @@ def write_dataset(
             "vocab_size": tokenizer.vocab_size,
             "end_of_text": tokenizer.end_of_text,
             "splits": splits,
-            "source": f"{source}; {how}",
+            "source": source,
+            **more,
         }
         with (unfinished / "meta.json").open("w", encoding="utf-8") as file:
             json.dump(meta, file, ensure_ascii=False, indent=1)
@@ -105,8 +122,6 @@ def write_dataset(
     for split, counts in splits.items():
         print(f"{folder / split}.bin: {counts['tokens']:,} tokens from {counts['bytes']:,} bytes of text")
     print(f"{folder / 'meta.json'}: {meta['tokenizer']['kind']} tokenizer, vocabulary of {tokenizer.vocab_size:,}")
-    if few:  # whole documents are never in both splits
-        warn_of_overlap(folder, dtype, 256 if cut is ANYWHERE else 64, tokenizer.end_of_text)
     return meta
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # kqv, also from a clone that is not installed
 
 from kqv import cli
-from kqv.documents import web_documents
-from kqv.settings import WebText
+from kqv.documents import WebText, web_documents
 from kqv.suggest import print_next
 from kqv.tokenizer import GPT2Tokenizer
 from kqv.writer import dataset_folder, write_dataset

@@ -6,8 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # kqv, also from a clone that is not installed
 
 from kqv import cli
-from kqv.documents import tiny_shakespeare
-from kqv.settings import Shakespeare
+from kqv.documents import Shakespeare, tiny_shakespeare
 from kqv.suggest import print_next
 from kqv.tokenizer import GPT2Tokenizer
 from kqv.writer import dataset_folder, write_dataset

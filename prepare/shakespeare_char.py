@@ -6,9 +6,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # kqv, also from a clone that is not installed
 
 from kqv import cli
-from kqv.documents import tiny_shakespeare
+from kqv.documents import Shakespeare, tiny_shakespeare
 from kqv.errors import UserError
-from kqv.settings import Shakespeare
 from kqv.suggest import print_next
 from kqv.tokenizer import CharTokenizer
 from kqv.writer import dataset_folder, write_dataset

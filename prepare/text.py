@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # kqv, also from a
 from kqv import cli
 from kqv.documents import find_files, read_documents
 from kqv.errors import UserError
-from kqv.hub_tokenizer import pretrained_description
+from kqv.hub_tokenizer import find_tokenizer
 from kqv.suggest import print_next
-from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, from_description
+from kqv.tokenizer import CharTokenizer, Tokenizer
 from kqv.writer import dataset_folder, write_dataset
 
 
@@ -33,12 +33,8 @@ class Text:
 
 def make_tokenizer(kind: str, files: list[Path], field: str) -> Tokenizer:
     """The tokenizer of that kind or place; "char" has the characters of the files. Raises UserError."""
-    if kind == "byte":
-        return ByteTokenizer()
-    if kind == "gpt2":
-        return GPT2Tokenizer("--tokenizer=byte and --tokenizer=char need no download")
     if kind != "char":
-        return from_description(pretrained_description(kind))
+        return find_tokenizer(kind)
     characters, count = set(), 0
     for count, document in enumerate(read_documents(files, field), 1):  # noqa: B007
         for piece in document:
