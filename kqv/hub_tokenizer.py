@@ -61,7 +61,7 @@ def find_tokenizer(name: str) -> Tokenizer:
     if name == "byte":
         return ByteTokenizer()
     if name == "gpt2":
-        return GPT2Tokenizer("--tokenizer=byte needs no download")
+        return GPT2Tokenizer("--tokenizer=byte and --tokenizer=char need no download")
     return from_description(pretrained_description(name))
 
 
