@@ -20,6 +20,7 @@ class Export:
     POSITIONAL: ClassVar[str] = "words"
     words: Annotated[tuple[str, ...], "the run's out_dir, or a checkpoint; and the folder to write"] = ()
     adapter: Annotated[bool, "of a run with --lora_rank: only the adapters, as the package peft keeps them"] = False
+    gguf: Annotated[bool, "also write FOLDER/model.gguf, for llama.cpp and the programs built on it"] = False
     data_dir: Annotated[str, "folder of data sets; nanoGPT's checkpoints need DATASET/meta.pkl in it"] = "data"
 
     def __post_init__(self):
@@ -33,6 +34,7 @@ limit_spinning()
 
 from kqv.build import load_run, load_trained, restore_model
 from kqv.data import padded_vocab_size
+from kqv.gguf_file import write_gguf
 from kqv.hub import FAMILIES, layer_names, read_config, to_pretrained
 from kqv.hub_files import find_pretrained, read_json, write_folder
 from kqv.hub_tokenizer import tokenizer_files
@@ -125,6 +127,10 @@ def main(cfg: Export, origin: dict[str, str]) -> None:
         "README.md": model_card(folder.name, theirs["architectures"][0], saved, n_parameters),
     }
     write_folder(folder, files, {"model.safetensors": their_weights})
+    if cfg.gguf:
+        write_gguf(folder / "model.gguf", theirs, their_weights, files["tokenizer.json"], special)
+        if config.mlp == "gelu":
+            print("note: llama.cpp computes GELU by its tanh approximation: logits differ slightly", file=sys.stderr)
     size = f"{n_parameters / 1e6:.2f}M parameters, vocabulary of {config.vocab_size:,}"
     print(f"{folder}: {theirs['architectures'][0]}, {size}")
 

@@ -292,3 +292,38 @@ def test_the_rows_that_pad_a_vocabulary_are_left_out(tmp_path, command, train, d
 def test_wrong_commands_are_one_line(command, arguments, message):
     result = command("export.py", *arguments)
     assert result.code == 2 and message in result.err and result.err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "switches",
+    [
+        ("--mlp=gelu_tanh",),
+        ("--position=rope", "--norm=rmsnorm", "--mlp=swiglu", "--n_head=4", "--n_kv_head=2", "--head_dim=8"),
+        ("--position=rope", "--norm=rmsnorm", "--mlp=swiglu", "--qk_norm=True", "--tie_embeddings=False"),
+    ],
+    ids=["gpt2", "llama", "qwen3"],
+)
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_transformers_reads_the_gguf_file(tmp_path, command, train, switches, tokenizer):
+    """llama.cpp itself ran such files too: dev/LOG.md."""
+    (tmp_path / "own.json").write_text(own_bpe().text)
+    (tmp_path / "text.txt").write_text("the keys look back at what the queries was.\n" * 50)
+    name = "own.json" if tokenizer == "bpe" else "byte"
+    made = command("prepare/text.py", "--input=text.txt", f"--tokenizer={name}", "--data_dir=data")
+    assert made.code in (0, None), made.err
+    run = train("--data_dir=data", "--dataset=text", "--out_dir=out", "--max_iters=10", "--block_size=32", *switches)
+    assert run.code == 0, run.err
+    assert command("export.py", "out", "model", "--gguf").code in (0, None)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    (tmp_path / "model" / "model.gguf").rename(tmp_path / "model.gguf")
+    # transformers leaves out of its config what these families need: n_positions and head_dim
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", config=plain.config)
+    read.eval()
+    idx = tokens(1, 20, vocab_size=257)
+    with torch.no_grad():
+        torch.testing.assert_close(read(idx).logits, plain(idx).logits, rtol=1e-4, atol=1e-4)
+    if tokenizer == "bpe":  # transformers gives every GGUF file GPT-2's words
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+        text = "the keys 12\n  look<|endoftext|>"
+        assert theirs(text).input_ids == own_bpe().encode_prompt(text)
