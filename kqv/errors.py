@@ -11,6 +11,7 @@ from typing import NoReturn
 OPTIONAL_PACKAGES = {
     "datasets",
     "accelerate",
+    "datasketch",
     "gguf",
     "huggingface_hub",
     "jinja2",
