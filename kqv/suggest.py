@@ -18,22 +18,34 @@ def print_next(
     origin: dict[str, str],
     cpu_config: str = "train_shakespeare_char_cpu",
     gpu_config: str = "train_shakespeare_char",
+    finetune: tuple[str, str] | None = None,
 ) -> None:
     """Print the command that trains on the data set in `folder`, with a config that suits it and this machine.
 
     `meta` is its meta.json, `origin` where the settings of the prepare script came from. A large data set of GPT-2's
-    tokens is for GPUs: if there is none here, that command is printed too.
+    tokens is for GPUs: if there is none here, that command is printed too. `finetune`: the place of the tokenizer, and
+    the config if a model lies there too.
     """
-    if meta["tokenizer"]["kind"] == "gpt2" and meta["splits"]["train"]["tokens"] >= LARGE:
-        gpu_config = "train_gpt2"
     data_dir = None if origin["data_dir"] == "default" else folder.parent
     tokens = min(split["tokens"] for split in meta["splits"].values())
+    if finetune and is_model(finetune[0]):
+        print("next:", train_command(finetune[1], folder.name, data_dir, tokens), f"--init_from={finetune[0]}")
+        return
+    if meta["tokenizer"]["kind"] == "gpt2" and meta["splits"]["train"]["tokens"] >= LARGE:
+        gpu_config = "train_gpt2"
     if has_nvidia_driver():
         print("next:", train_command(gpu_config, folder.name, data_dir, tokens))
     else:
         print("next:", train_command(cpu_config, folder.name, data_dir, tokens))
         if gpu_config == "train_gpt2":
             print("with GPUs:", train_command(gpu_config, folder.name, data_dir, tokens))
+
+
+def is_model(tokenizer: str) -> bool:
+    """Whether the place of a tokenizer is that of a model: a folder with a config.json, or a name on the hub."""
+    if tokenizer in ("char", "byte", "gpt2") or tokenizer.endswith(".json"):
+        return False
+    return not Path(tokenizer).is_dir() or (Path(tokenizer) / "config.json").is_file()
 
 
 def train_command(config: str, dataset: str, data_dir: Path | None, tokens: int) -> str:

@@ -48,7 +48,7 @@ def main(cfg: Chat, origin: dict[str, str]) -> None:
     encoded = encode_rows(files, tokenizer, dtype, cfg.val_fraction)
     source = f"{', '.join(cfg.input)}, by prepare/chat.py; {cfg.val_fraction:g} of the rows are val, chosen by a hash"
     meta = write_encoded(folder, encoded, tokenizer, dtype, source, **{MASKED: True})
-    print_next(folder, meta, origin)
+    print_next(folder, meta, origin, finetune=(cfg.tokenizer, "finetune_chat"))
 
 
 if __name__ == "__main__":

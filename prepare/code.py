@@ -94,7 +94,7 @@ def main(cfg: Code, origin: dict[str, str]) -> None:
     source = f"{', '.join(cfg.folders)}, by prepare/code.py; {cfg.val_fraction:g} is val, whole {how}"
     folder = dataset_folder(cfg.name, cfg.data_dir, origin)
     meta = write_encoded(folder, encoded, tokenizer, dtype, source, sum(len(s.text.encode()) for s in sources))
-    print_next(folder, meta, origin, cpu_config="train_code_cpu", gpu_config="train_code")
+    print_next(folder, meta, origin, "train_code_cpu", "train_code", finetune=(cfg.tokenizer, "finetune_smollm2"))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def main(cfg: Text, origin: dict[str, str]) -> None:
         total_bytes = None if packed else sum(path.stat().st_size for path in files)
         source = f"{', '.join(cfg.input)}, by prepare/text.py"
         meta = write_dataset(folder, documents, tokenizer, source, cfg.val_fraction, total_bytes)
-    print_next(folder, meta, origin)
+    print_next(folder, meta, origin, finetune=(cfg.tokenizer, "finetune_smollm2"))
 
 
 if __name__ == "__main__":
