@@ -24,7 +24,7 @@ FOLDER holds MNIST's or Fashion-MNIST's four IDX files, gzipped or not. What if,
     --hidden=              there is no hidden layer? 95.28%; with MNIST's 90.00%
     --eta=0.1, --eta=30    steps are short, long? 82.22%; 8.89%, because every sigmoid is driven to where it is flat
     --hidden=100           the layer is wider? 97.50%, but 58.33% with rng.normal(0, 1, ...), which is chapter 1's start
-    (BP1) is delta = activations[-1] - y? The gradient check says 0.6, yet it learns: 96.94%. It is the gradient of
+    activations[-1] - y    is all of (BP1)? The gradient check says 0.6, yet it learns: 96.94%. This is the gradient of
                            another cost, the cross-entropy of chapter 3, by which GPTs learn too
 """
 

@@ -2,21 +2,25 @@
 
 Lesson 1 worked out dC/dw by hand, for one network. Here each number keeps which numbers it was made of, and how fast
 it changes with each of them: the local derivative, a short formula for each of +, *, **, exp, tanh and relu. Walked
-backwards from the end, the chain rule does the rest, for any expression. That is what loss.backward() does in PyTorch
-and in the lessons from here on, there for tensors. The idea, the example and the two moons are those of micrograd by
-Andrej Karpathy (github.com/karpathy/micrograd). Python's standard library is enough.
+backwards from the end, the chain rule does the rest, for any expression:
+
+    a = Value(3.0); b = a * a + a; b.backward(); a.grad      # 7.0, which is 2a + 1
+
+That is what loss.backward() does in PyTorch and in the lessons from here on, there for tensors. The idea, the example
+and the two moons are those of Andrej Karpathy's micrograd (github.com/karpathy/micrograd).
 
 The same as in lesson 1: layers z = w a + b, a random start, gradient descent. New: nobody writes (BP1) to (BP4), the
-units are relu, and the cost is the hinge loss, with a penalty on large weights.
+units are relu, and the cost is the hinge loss, with a penalty on large weights. All points are one batch.
 
-    python lessons/2_micrograd.py    FIGURES
+    python lessons/2_micrograd.py    100% of 100 points (seeds 1 to 5: 97% to 100%), 99.6% of 500 new ones; 25 s on one
+                                     core of a server CPU (AMD EPYC). Before that, the example of micrograd's README
 
 What if ...
 
-    --hidden=                          there is no hidden layer? The border is a straight line:
-    z_j.tanh()                         takes the place of z_j.relu()?
-    parent.grad = local * value.grad   with = for +=, so only one use of each value counts? dg/da = -7.0000
-    p.grad = 0.0                       is left out, so that the gradients of all steps add up?
+    --hidden=                 there is no hidden layer? The border is a straight line: 85%
+    z_j.tanh()                takes the place of z_j.relu()? 99%
+    parent.grad = local ...   has lost its +, so only one use of each value counts? dg/da = -7.0000, and the moons 30%
+    p.grad = 0.0              is left out, so the gradients of all steps add up? The loss grows, to 572 at step 90
 """
 
 from __future__ import annotations

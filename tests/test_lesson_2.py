@@ -24,6 +24,14 @@ lesson = load("2_micrograd.py")
 Value = lesson.Value
 
 
+def test_the_line_in_the_head():
+    scope = {"Value": Value}
+    line = next(line for line in lesson.__doc__.splitlines() if "b.backward()" in line)
+    *statements, last = line.partition("#")[0].strip().split("; ")
+    exec("\n".join(statements), scope)
+    assert eval(last, scope) == 7.0 and "# 7.0," in line
+
+
 def test_the_example_of_micrograds_readme():
     a, b = Value(-4.0), Value(2.0)
     g = lesson.example(a, b)
@@ -97,8 +105,7 @@ def test_each_operation_has_torchs_gradient(name, x):
 
 def test_gradients_add_up_over_calls_as_torchs_do():
     a, ta = Value(1.5), torch.tensor(1.5, requires_grad=True)
-    for x, t in ((a, ta),):
-        y, ty = x * x * x + x.exp(), t * t * t + t.exp()
+    y, ty = a * a * a + a.exp(), ta * ta * ta + ta.exp()
     for _ in range(3):
         y.backward()
         ty.backward(retain_graph=True)
