@@ -12,8 +12,8 @@ and the two moons are those of Andrej Karpathy's micrograd (github.com/karpathy/
 The same as in lesson 1: layers z = w a + b, a random start, gradient descent. New: nobody writes (BP1) to (BP4), the
 units are relu, and the cost is the hinge loss, with a penalty on large weights. All points are one batch.
 
-    python lessons/2_micrograd.py    100% of 100 points (seeds 1 to 5: 97% to 100%), 99.6% of 500 new ones; 25 s on one
-                                     core of a server CPU (AMD EPYC). Before that, the example of micrograd's README
+    python lessons/2_micrograd.py    100% of 100 points (seeds 1 to 5: 97% to 100%), 99.6% of 500 new ones; 25 s on
+                                     two cores of a server CPU (AMD EPYC), of which it uses one
 
 What if ...
 

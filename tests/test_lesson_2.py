@@ -228,7 +228,8 @@ def test_the_figures_of_the_head(kqv):
     done = kqv("lessons/2_micrograd.py")
     assert done.returncode == 0, done.stderr
     assert "g = 24.7041, dg/da = 138.8338, dg/db = 645.5773" in done.stdout
-    assert done.stdout.endswith("accuracy 100% on the 100 points learned from, 99.6% on 500 new ones\n")
+    learned, new = re.findall(r"([\d.]+)% on", done.stdout)
+    assert float(learned) >= 99 and float(new) >= 99  # 100 and 99.6 where measured
     assert losses_in(done.stdout) == pytest.approx(losses_of_torch([2, 16, 16, 1], 100, 100), abs=6e-5)
 
 
