@@ -154,7 +154,7 @@ def draw(file: str, w: Array, images: Array, labels: Array, answers: Array) -> N
 def main(arguments: list[str] | None = None) -> float:
     """Train with a line for each epoch; returns the held-out accuracy."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", metavar="FOLDER", help="folder of MNIST's IDX files (scikit-learn's digits)")
+    parser.add_argument("--data", metavar="FOLDER", help="folder of MNIST's IDX files (default: scikit-learn's digits)")
     parser.add_argument("--hidden", default="30", help="units of the hidden layers: 30, or 30,20, or nothing (30)")
     parser.add_argument("--epochs", type=int, default=30, help="how often each image is learned from (30)")
     parser.add_argument("--batch_size", type=int, default=10, help="images of a mini-batch, B (10)")

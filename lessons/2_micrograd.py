@@ -33,7 +33,7 @@ from importlib.util import find_spec
 from itertools import count, pairwise
 from pathlib import Path
 
-number_of = count()  # 0, 1, 2, ...
+numbers = count()  # 0, 1, 2, ...
 
 
 class Value:
@@ -44,7 +44,7 @@ class Value:
         self.grad = 0.0
         self.parents = parents  # the values that this one was made of,
         self.local = local  # and d self / d parent for each of them
-        self.number = next(number_of)  # higher than that of its parents
+        self.number = next(numbers)  # higher than that of its parents
 
     # each line below: the result, what it was made of, and the derivative with respect to each of these
 
@@ -140,7 +140,7 @@ def new_mlp(sizes: list[int], rng: random.Random) -> list[Layer]:
 
 def mlp(x: list[float], layers: list[Layer]) -> list[Value]:
     """What the last layer says about the point x; one number each time, where lesson 1 had a matrix."""
-    for i, (w, b) in enumerate(layers):
+    for i, (w, b) in enumerate(layers):  # z_j is the sum of w_jk x_k over k, plus b_j
         z = [sum((w_jk * x_k for w_jk, x_k in zip(w_j, x, strict=True)), b_j) for w_j, b_j in zip(w, b, strict=True)]
         x = [z_j.relu() for z_j in z] if i < len(layers) - 1 else z
     return x
