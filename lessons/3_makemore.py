@@ -271,4 +271,5 @@ def main(argv: list[str] | None = None) -> float:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the products are small: several threads would mostly wait for each other
     main()

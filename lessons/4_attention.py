@@ -8,6 +8,14 @@ The same as in lesson 3: letters are vectors, torch finds the gradients, the tra
 there, `attend`, is taken apart. Nothing else of the Transformer is used: no MLP, no norm, no residual, no positions.
 
     python lessons/4_attention.py --picture=map.png
+
+takes 10 seconds on two cores of a server CPU (AMD EPYC): 0.9999 of the answers are right. A layer whose letters do not
+know the one before them is right in 0.0388: it sees which letters came, not which came after which. What if
+
+    --steps=20, then 40, 60: right in 0.0591, 0.1335, 0.7011; the line in the map is what is being learnt
+    N = 20 letters before they repeat: 0.9988
+    heads=4 in `predict`, with --steps=60: 0.1795; one question needs one head
+    no division by sqrt(D) in `attention`: step 6 says so
 """
 
 import argparse
@@ -220,4 +228,5 @@ def main(argv: list[str] | None = None) -> float:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the products are small: several threads would mostly wait for each other
     main()
