@@ -87,6 +87,7 @@ def read_sources(repositories: list[Path], extensions: tuple[str, ...], left_out
     """The source files of repositories, of these extensions if there are any; the others go to `left_out`."""
     endings = {extension.lstrip("*.") for extension in extensions}  # py, .py or *.py; or a whole name, Makefile
     for repository in repositories:
+        name = repository.resolve().name
         for file in visible_files(repository):
             path, text, reason = file.relative_to(repository), "", None
             if endings and not {path.suffix[1:], path.name} & endings:
@@ -104,9 +105,9 @@ def read_sources(repositories: list[Path], extensions: tuple[str, ...], left_out
                 except UnicodeDecodeError:
                     reason = "not text"
             if reason:
-                left_out[reason].append(file)
+                left_out[reason].append(Path(name, path))
             else:
-                yield Source(repository.resolve().name, path, text)
+                yield Source(name, path, text)
 
 
 def why_not(text: str) -> str | None:
