@@ -46,5 +46,5 @@ gpu: .venv/test
 	touch $@
 
 .venv/test: .venv/run
-	$(BIN)/pip install --quiet -e '.[gpt2,hub,wandb,test]'
+	$(BIN)/pip install --quiet -e '.[gpt2,hub,code,wandb,test]'
 	touch $@

@@ -48,13 +48,17 @@ def is_model(tokenizer: str) -> bool:
     return not Path(tokenizer).is_dir() or (Path(tokenizer) / "config.json").is_file()
 
 
+def script_path(script: str) -> str:
+    """A script of the checkout as it is typed in the working directory."""
+    return script if Path.cwd() == ROOT else str(ROOT / script)
+
+
 def train_command(config: str, dataset: str, data_dir: Path | None, tokens: int) -> str:
     """The command that runs configs/CONFIG.py on a data set whose shorter split has this many tokens.
 
     If the config is for another data set, the run gets its own out_dir, so that it does not move another run aside.
     """
-    script = "train.py" if Path.cwd() == ROOT else str(ROOT / "train.py")
-    words = ["python", script, f"configs/{config}.py"]
+    words = ["python", script_path("train.py"), f"configs/{config}.py"]
     cfg, _ = parse(TrainConfig, [str(ROOT / words[-1])])
     if cfg.dataset != dataset:
         words += [f"--dataset={dataset}", f"--out_dir=out-{dataset}"]

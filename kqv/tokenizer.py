@@ -140,7 +140,7 @@ class JsonTokenizer(Tokenizer):
         try:
             self.bpe = tokenizers.Tokenizer.from_str(text)
             self.of_prompt = tokenizers.Tokenizer.from_str(text)
-            decoder = json.loads(text)["decoder"]
+            decoder, words = json.loads(text)["decoder"], json.loads(text).get("pre_tokenizer") or {}
             kinds = {part["type"] for part in decoder.get("decoders", [decoder])}
         except Exception as error:  # the library raises Exception itself
             raise UserError(f"not a tokenizer.json ({' '.join(str(error).split())[:100]})") from None
@@ -152,7 +152,12 @@ class JsonTokenizer(Tokenizer):
         self.end_of_text = next((id for end in ends if (id := self.bpe.token_to_id(end or "")) is not None), None)
         self.adds_space = "Strip" in kinds  # in front of a text, and decoding takes it away
         to_bytes = byte_level_bytes if "ByteLevel" in kinds else byte_fallback_bytes
-        whole = {index: token.content for index, token in self.bpe.get_added_tokens_decoder().items()}
+        added = self.bpe.get_added_tokens_decoder()
+        # whether a text falls into GPT-2's words and nothing else, so that it can be cut between them (kqv/writer.py)
+        self.has_gpt2_words = words.get("type") == "ByteLevel" and words.get("use_regex", True)
+        self.has_gpt2_words &= not words.get("add_prefix_space", True) and self.bpe.normalizer is None
+        self.has_gpt2_words &= all(token.special for token in added.values())
+        whole = {index: token.content for index, token in added.items()}
         tokens = [self.bpe.id_to_token(index) or "" for index in range(self.vocab_size)]
         self.token_bytes = [
             utf8(whole[index]) if index in whole else to_bytes(token) for index, token in enumerate(tokens)

@@ -34,15 +34,22 @@ WORKERS = 16  # at most: the thread that reads and writes keeps about 12 busy, a
 CHUNK = 100_000  # characters encoded at once; measured with tiktoken on 2 cores: 30,000 and 1,000,000 are slower
 
 # BPE works inside words, and in GPT-2's pattern for words, whitespace starts a word or is one by itself. So a word ends
-# wherever whitespace follows anything else, and cutting there does not change the ids. Characters and bytes can be cut
-# anywhere; so a file without whitespace is not held in memory as a whole.
-WORD_END = re.compile(r"\S(?=\s)")
+# wherever whitespace follows anything else, and cutting there does not change the ids. (Python's \s has four separators
+# that the pattern's does not.) Characters and bytes can be cut anywhere; so a file without whitespace is not held in
+# memory as a whole. Other patterns have other words: Llama 3's and Qwen's join punctuation and the line breaks after
+# it, and SentencePiece's has none. With those each document is encoded as a whole.
+WORD_END = re.compile(r"\S(?=[^\S\x1c-\x1f])")
 ANYWHERE = re.compile(r".", re.DOTALL)
 NOWHERE = re.compile(r"(?!)")
 
 
 def dataset_folder(name: str, data_dir: str, origin: dict[str, str]) -> Path:
-    """DATA_DIR/NAME. The default DATA_DIR is in the checkout, any other is relative to the working directory."""
+    """DATA_DIR/NAME. The default DATA_DIR is in the checkout, any other is relative to the working directory.
+
+    Raises UserError if the name is not that of a folder in DATA_DIR.
+    """
+    if not name or Path(name).name != name or name.startswith("."):
+        raise UserError(f"name={name!r}: must be the name of a folder to be made in data_dir")
     return (ROOT / "data" if origin["data_dir"] == "default" else Path(data_dir)) / name
 
 
@@ -76,7 +83,7 @@ def write_dataset(
         how = f"{val_fraction:g} of the documents are val, chosen by a hash of their text"
     separate = tokenizer.end_of_text is not None and len(first) > 1
     cut = ANYWHERE if isinstance(tokenizer, CharTokenizer | ByteTokenizer) else WORD_END
-    if isinstance(tokenizer, JsonTokenizer):  # its words may be others: each document is encoded as a whole
+    if isinstance(tokenizer, JsonTokenizer) and not tokenizer.has_gpt2_words:
         cut = NOWHERE
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 

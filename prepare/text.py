@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # kqv, also from a clone that is not installed
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # kqv, also if not installed; prepare/code.py is not Python's
 
 from kqv import cli
 from kqv.documents import find_files, read_documents
@@ -54,15 +54,13 @@ def main(cfg: Text, origin: dict[str, str]) -> None:
     name = cfg.name or Path(cfg.input[0]).resolve().name.split(".")[0]
     if cfg.name is None and (len(cfg.input) > 1 or cfg.input == ("-",)):
         raise UserError("the data set needs a name: --name=NAME")
-    if not name or Path(name).name != name or name.startswith("."):
-        raise UserError(f"name={name!r}: must be the name of a folder to be made in data_dir")
+    folder = dataset_folder(name, cfg.data_dir, origin)
     with tempfile.TemporaryDirectory() as temporary:
         files = find_files(path for path in cfg.input if path != "-")
         if "-" in cfg.input:
             files.append(Path(temporary) / "standard input")
             with files[-1].open("wb") as spool:
                 shutil.copyfileobj(sys.stdin.buffer, spool)
-        folder = dataset_folder(name, cfg.data_dir, origin)
         documents = read_documents(files, cfg.field)
         tokenizer = make_tokenizer(cfg.tokenizer, files, cfg.field)
         packed = any(path.suffix in (".gz", ".parquet") for path in files)
