@@ -1,6 +1,8 @@
 # A small GPT for your code, on a laptop. First, as in docs/code.md: prepare/tokenizer.py and prepare/code.py.
 #
 #   python train.py configs/train_code_cpu.py
+#
+# FIGURE loss
 
 out_dir = "out-code"
 eval_interval = 200

@@ -160,6 +160,8 @@ def plan(cfg: TrainConfig, config: Any, model_class: type, data: tuple[int, int,
     warnings = [] if cfg.eval_only else concerns(cfg, sum(sizes.values()), data)
     if cfg.init_from in ("resume", "auto"):
         warnings.append(f"init_from={cfg.init_from}: this plan is for the settings given, not for the checkpoint's")
+    if cfg.lora_rank or cfg.freeze:
+        warnings.append("this plan is for training all weights; with lora_rank or freeze less memory is needed")
     if available and peak * (1 if gpu else world_size) > available:
         warnings.append("not enough memory: lower batch_size, and raise gradient_accumulation_steps")
     return "\n".join([f"{name:<18}{line}" for name, line in lines.items()] + [f"warning: {text}" for text in warnings])

@@ -81,6 +81,7 @@ def test_train_row(stand_ins, capsys):
     assert table[1][2:4] == ["25 (25 to 25)", "50 (50 to 50)"]
 
 
+@pytest.mark.slow
 def test_the_share_of_the_limit_is_that_of_the_model_that_ran(stand_ins):
     full, less = (
         stand_ins("train", "--steps=3", "--repeats=1", f"--flags={flags}") for flags in ("", "--batch_size=3")
@@ -108,6 +109,7 @@ def test_train_gives_both_sides_the_same_work_in_turn(stand_ins):
     assert not Path(ours["settings"]["data_dir"]).exists()
 
 
+@pytest.mark.slow
 def test_train_without_a_peer_and_for_gpt2(stand_ins):
     row = stand_ins("train", "--size=gpt2", "--steps=3", "--repeats=1")
     assert row["ours"] == 25 and row["peer"] is row["ratio"] is row["peer_peak_rss_mb"] is None

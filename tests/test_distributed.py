@@ -24,7 +24,7 @@ def torchrun(cwd: Path, processes: int, *arguments: object) -> subprocess.Comple
     return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_are_one_on_the_same_global_batch(train, command, tmp_path, data_dir, strategy):
     run = [f"--data_dir={data_dir}", *TINY, "--gradient_accumulation_steps=4", "--max_iters=20", "--eval_interval=5"]
     run += ["--short_conv=1"]  # one row, fewer than processes

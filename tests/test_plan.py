@@ -397,11 +397,32 @@ def test_warnings_know_finetuning_and_a_constant_learning_rate():
     assert room.concerns(cfg, 10**9, (50257, 10**12, 10**12)) == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
-def test_the_shipped_configs_are_planned_and_nothing_is_written(tmp_path, monkeypatch, path):
+@pytest.fixture
+def smollm2(tmp_path_factory) -> Path:
+    """A folder with the config.json of SmolLM2-135M, in place of a download."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    theirs = {"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536}
+    theirs |= {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    theirs |= {"max_position_embeddings": 8192, "rope_theta": 100000, "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(theirs))
+    return folder
+
+
+QUICK = {"finetune_chat", "train_gpt2", "train_shakespeare_char_cpu"}
+CONFIGS = [
+    pytest.param(path, marks=[] if path.stem in QUICK else pytest.mark.slow, id=path.stem)
+    for path in sorted((ROOT / "configs").glob("*.py"))
+]
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_the_shipped_configs_are_planned_and_nothing_is_written(tmp_path, monkeypatch, path, smollm2):
     monkeypatch.chdir(tmp_path)
+    flags = ["--data_dir=nothing"]
+    if "/" in settings(str(path)).init_from:
+        flags.append(f"--init_from={smollm2}")
     for world_size, device in itertools.product((1, 8 if path.stem == "train_gpt2" else 1), (None, "h100")):
-        text = plan(settings(str(path), "--data_dir=nothing"), world_size, device)
+        text = plan(settings(str(path), *flags), world_size, device)
         assert re.search(r"^memory +[\d.]+ GB at the peak", text, re.MULTILINE), text
         assert max(map(len, text.splitlines())) <= 150
     assert ("step" in lines(text)) == (not path.stem.startswith("eval_"))
