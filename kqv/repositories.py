@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kqv.errors import UserError
 
+FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # stand before the parts of a text in another order
 LeftOut = dict[str, list[Path]]  # reason -> files; a defaultdict, which these functions add to
 
 VENDORED = {"node_modules", "vendor", "third_party", "site-packages", "dist-packages", "bower_components", "Pods"}

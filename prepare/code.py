@@ -17,13 +17,12 @@ import numpy as np
 from kqv import cli
 from kqv.errors import UserError
 from kqv.hub_tokenizer import find_tokenizer
-from kqv.repositories import LeftOut, Source, choose_splits, find_repositories, read_sources, without_duplicates
+from kqv.repositories import FIM, LeftOut, Source, choose_splits, find_repositories, read_sources, without_duplicates
 from kqv.settings import at_least
 from kqv.suggest import print_next, script_path
 from kqv.tokenizer import CharTokenizer, JsonTokenizer, Tokenizer
 from kqv.writer import dataset_folder, write_encoded
 
-FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 NAMED = 3  # files of each kind that are left out
 
 
@@ -63,7 +62,7 @@ def fim_ids(tokenizer: Tokenizer, folders: tuple[str, ...]) -> list[int]:
     ids = [tokenizer.bpe.token_to_id(token) for token in FIM] if isinstance(tokenizer, JsonTokenizer) else [None]
     if None in ids:
         words = ["python", script_path("prepare/tokenizer.py"), "--code", *(f"--input={folder}" for folder in folders)]
-        make = shlex.join([*words, *(f"--special={token}" for token in FIM)])
+        make = shlex.join(words)
         raise UserError(f"fim_rate: the tokenizer has no {', '.join(FIM)}; this makes one that has: {make}")
     return ids
 

@@ -14,7 +14,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # kqv, also if not insta
 from kqv import cli
 from kqv.documents import find_files, read_documents
 from kqv.errors import UserError
-from kqv.repositories import find_repositories, read_sources, without_duplicates
+from kqv.repositories import FIM, find_repositories, read_sources, without_duplicates
 from kqv.rundir import write_whole
 from kqv.suggest import script_path
 from kqv.tokenizer import END_OF_TEXT
@@ -24,7 +24,7 @@ from kqv.writer import WORD_END, chunks, dataset_folder
 @dataclass(kw_only=True)
 class OwnTokenizer:
     input: Annotated[tuple[str, ...], "file or folder to learn from; can be given more than once"] = ()
-    code: Annotated[bool, "the folders are repositories: read only what prepare/code.py would"] = False
+    code: Annotated[bool, "read what prepare/code.py would of these folders; with tokens to fill in the middle"] = False
     vocab_size: Annotated[int, "number of tokens, with 256 for the bytes and the special ones"] = 4096
     special: Annotated[tuple[str, ...], "a special token besides <|endoftext|>; can be given more than once"] = ()
     name: Annotated[str | None, "folder in data_dir; None: that of the input with -bpe"] = None
@@ -34,6 +34,8 @@ class OwnTokenizer:
     def __post_init__(self):
         if not self.input or "" in self.input:
             raise UserError("which text? --input=FILE or --input=FOLDER")
+        if self.code:
+            self.special = (*FIM, *(token for token in self.special if token not in FIM))
         special = [END_OF_TEXT, *self.special]
         if self.vocab_size < (least := 256 + len(special)):
             raise UserError(f"vocab_size={self.vocab_size}: the bytes and special tokens alone are {least}")

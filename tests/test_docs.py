@@ -3,6 +3,7 @@
 import re
 import runpy
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SETTINGS = {"train.py": TrainConfig, "sample.py": SampleConfig, "report.py": Report, "bench.py": Bench}
 SETTINGS |= {"explain.py": Explain}
 # on one line of a page, from the interpreter to the end of the command
-COMMAND = re.compile(r"(?:python|train\.py|torchrun .*?) ((?:prepare/)?\w+\.py(?: [^\n`#|<]*)?)")
+COMMAND = re.compile(r"""(?:python|train\.py|torchrun .*?) ((?:prepare/)?\w+\.py(?: (?:"[^"\n]*"|[^\n`#|<])*)?)""")
 
 
 def commands(path: Path) -> list[str]:
@@ -70,3 +71,24 @@ def test_readme_commands_for_a_text_of_ones_own_run(command, tmp_path):
         done = command(script, *words, *shrunk.get(script, []), "--data_dir=data")
         assert done.code in (0, None), done.err
     assert done.out.count("---------------") == 9
+
+
+def test_commands_for_code_of_ones_own_run_on_this_repository(command, tmp_path, monkeypatch):
+    for name in ("kqv", "prepare", "tests", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / "src" / "ours" / name)
+    for path in (tmp_path / "src" / "ours" / ".git", tmp_path / "here"):
+        path.mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    tiny = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--batch_size=2", "--block_size=32", "--device=cpu"]
+    shrunk = {"train.py": [*tiny, "--max_iters=2", "--eval_iters=1", "--data_dir=data"]}
+    shrunk |= {"sample.py": ["--max_new_tokens=5"], "prepare/tokenizer.py": ["--vocab_size=600", "--data_dir=data"]}
+    shrunk |= {"prepare/code.py": ["--data_dir=data"]}
+    lines = commands(ROOT / "docs" / "code.md")
+    assert {line.split()[0] for line in lines} >= shrunk.keys() and any("fim_rate" in line for line in lines)
+    for line in lines:
+        script, *words = shlex.split(line)
+        done = command(script, *words, *shrunk.get(script, []))
+        assert done.code in (0, None), (line, done.err)
+        if script == "sample.py":
+            start = next(word for word in words if word.startswith("--start="))
+            assert done.out.startswith(start.removeprefix("--start="))

@@ -12,10 +12,10 @@ import pytest
 
 from kqv import repositories
 from kqv.errors import UserError
-from kqv.repositories import Source, choose_splits, find_repositories, read_sources, without_duplicates
+from kqv.repositories import FIM, Source, choose_splits, find_repositories, read_sources, without_duplicates
 from kqv.tokenizer import JsonTokenizer, from_description
 from tests.conftest import ROOT
-from tests.test_prepare_tokenizer import FIM, own_bpe  # noqa: F401  a fixture
+from tests.test_prepare_tokenizer import own_bpe  # noqa: F401  a fixture
 
 WORDS = [f"word{number}" for number in range(500)]
 

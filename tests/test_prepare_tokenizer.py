@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kqv import writer
+from kqv.repositories import FIM
 from kqv.tokenizer import JsonTokenizer, from_description
 from kqv.writer import write_dataset
 from tests.conftest import ROOT
 
-FIM = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
 FROM_OUR_SOURCES = [f"--input={ROOT / name}" for name in ("kqv", "tests", "prepare", "model.py", "train.py")]
 FROM_OUR_SOURCES += [f"--special={token}" for token in FIM]
 texts = st.text(st.characters(exclude_categories=["Cs"]))
