@@ -3,8 +3,8 @@
 #   python prepare/text.py --input=FOLDER --name=mine --tokenizer=HuggingFaceTB/SmolLM2-135M
 #   python train.py configs/finetune_smollm2.py
 #
-# All weights are trained; with --lora_rank=8 --learning_rate=1e-3 only adapters are: 2.3 s for 256 tokens on two cores of
-# an AMD EPYC without AVX-512. What that did to a held-out loss: docs/finetune-code.md.
+# All weights are trained; with --lora_rank=8 --learning_rate=1e-3 only adapters are: 2.3 s for 256 tokens on two cores
+# of an AMD EPYC without AVX-512. What that did to a held-out loss: docs/finetune-code.md.
 
 out_dir = "out-mine"
 eval_interval = 50
