@@ -1,34 +1,31 @@
-"""Lesson 5: the Transformer as it was published, an encoder and a decoder that translate.
+"""transformer: the original, an encoder and a decoder that translate (Vaswani et al. 2017, arXiv:1706.03762).
 
-Vaswani et al. 2017, *Attention Is All You Need*, arXiv:1706.03762; the letters are the paper's. Attention is that of
-lesson 4. New is that there are two sequences. The encoder reads the source, each token looking at all others. The
-decoder writes the target one token at a time: its tokens look at those before them (the causal mask), and in the
-cross-attention their queries meet keys and values of the *source*. Where a word of the target looks is a map from one
-language to the other, and where the languages differ in order, its lines cross.
+The encoder reads the source, each token looking at all others. The decoder writes the target one token at a time: its
+tokens look at those before them, and in the cross-attention their queries meet keys and values of the *source*. Which
+tokens of the source a written token looks at is a map from one language to the other; where the order of words
+differs, it crosses. The task here: numbers in words. 421 is "four hundred and twenty-one" and, in German,
+"vierhunderteinundzwanzig": four hundred one and twenty.
+
+The same as in lesson 4: softmax(Q K^T / sqrt(d_k)) V in several heads, the causal mask. New: two sequences and the
+attention across; layers with feed-forward networks, a residual sum and a norm (after the sum; GPT, lesson 6, puts it
+before); sinusoidal positions; label smoothing; a learning rate that rises and falls; beam search. Names and sections
+are the paper's:
 
     source (B, S), target (B, T) ids   d_model  width of a token's vector      h    heads
     x (B, T, d_model)                  d_ff     width inside feed-forward      d_k  width of a head, d_model / h
     memory (B, S, d_model)             N        layers of each stack           A    attention weights (B, h, T, S)
 
-The task: numbers in words, from English to German. 421 is "four hundred and twenty-one" and
-"vierhunderteinundzwanzig", four hundred one and twenty: the last two are said in the other order.
+    python lessons/5_transformer.py
 
-    python lessons/5_transformer.py     FIGURES
-
-What if ...
-    --N=1                  there is one layer each?
-    --h=1                  one head must look at all at once?
-    --smoothing=0          the target is one-hot?
-    --warmup=1             the first steps are full ones?
-    the causal mask is left out (`look_back` all True)?  The loss falls to nothing, and not one number is right.
-    the positions are left out?
+FIGURES
 """
 
 import argparse
 import gzip
 import math
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 import torch
@@ -36,8 +33,9 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-PAD, START, END = 0, 1, 2  # ids: fills short rows; before the first token; after the last one
-SPECIAL = ["<pad>", "<s>", "</s>"]
+SPECIAL = ["<pad>", "<s>", "</s>"]  # fills short rows; stands before the first token; after the last one
+PAD, START, END = range(3)  # their ids
+SPACE = "\u2581"  # as tokenizers writes it
 
 
 # -- the model: 3.2 attention, 3.3 feed-forward, 3.5 positions, 3.1 the stacks -----------------------------------------
@@ -67,13 +65,14 @@ class Layer(nn.Module):
         self.attention = MultiHeadAttention(d_model, h)
         self.cross_attention = MultiHeadAttention(d_model, h) if cross else None
         self.feed_forward = nn.Sequential(nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model))
-        self.norm_1, self.norm_2, self.norm_3 = (nn.LayerNorm(d_model) for _ in range(3))
+        self.norm_1, self.norm_3 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.norm_2 = nn.LayerNorm(d_model) if cross else None
         self.drop = nn.Dropout(P_drop)
 
     def forward(self, x: Tensor, mask: Tensor, memory: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
-        x = self.norm_1(x + self.drop(self.attention(x, x, mask)))  # norm after the sum, as in the paper; GPT-2: before
+        x = self.norm_1(x + self.drop(self.attention(x, x, mask)))  # (B, T, d_model)
         if self.cross_attention is not None:
-            x = self.norm_2(x + self.drop(self.cross_attention(x, memory, seen)))  # (B, T, d_model)
+            x = self.norm_2(x + self.drop(self.cross_attention(x, memory, seen)))
         return self.norm_3(x + self.drop(self.feed_forward(x)))
 
 
@@ -154,7 +153,7 @@ def train(model: Transformer, draw: Iterator[list], steps: int, warmup: int, smo
         source = padded([s for s, _ in batch])  # (B, S)
         target = padded(
             [[START, *t, END] for _, t in batch]
-        )  # (B, T + 1): read all but the last, predict from the second
+        )  # (B, T + 1): reads all but the last, writes all but START
         optimizer.param_groups[0]["lr"] = noam_rate(step, model.d_model, warmup)
         loss = smoothed_loss(model(source, target[:, :-1]), target[:, 1:], smoothing)
         optimizer.zero_grad()
@@ -193,15 +192,21 @@ def translate(model: Transformer, source: list[int], beam: int, alpha: float = 0
     return begun[0, 1:].tolist() if best is None else best
 
 
-# -- data, and the picture ---------------------------------------------------------------------------------------------
+# -- the texts ---------------------------------------------------------------------------------------------------------
 
 
 def numbers(count: int, generator: torch.Generator) -> tuple[list[str], list[str]]:
-    """Different random numbers below a million in English and in German words."""
+    """Different numbers below a million, as many of three digits as of four or five, in English and German words."""
     from num2words import num2words
 
-    chosen = torch.randperm(1_000_000, generator=generator)[:count].tolist()
+    drawn = (10 ** (6 * torch.rand(5 * count, generator=generator))).long().unique()
+    chosen = drawn[torch.randperm(len(drawn), generator=generator)][:count].tolist()
     return [num2words(n, lang="en") for n in chosen], [num2words(n, lang="de") for n in chosen]
+
+
+def number_tokens(text: str) -> list[str]:
+    """four hundred and twenty-one -> four hundred and twenty - one; vierhunderteinundzwanzig, likewise, into parts."""
+    return re.findall(r"hundred|thousand|hundert|tausend|und|[^\W_]+?(?=hundert|tausend|und|\b)|[-,]", text)
 
 
 def read_lines(path: str) -> list[str]:
@@ -209,92 +214,104 @@ def read_lines(path: str) -> list[str]:
         return [line.strip() for line in file]
 
 
-def learn_pieces(texts: list[str], vocab_size: int):
-    """One byte-pair encoding for both languages (5.1), a tokenizers.Tokenizer: frequent neighbours become one token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def byte_pairs(texts: list[str], vocab_size: int) -> Callable[[str], list[str]]:
+    """text -> tokens by one byte-pair encoding for both languages (5.1): what often stands together is one token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    bpe, options = Tokenizer(models.BPE()), {"special_tokens": SPECIAL, "show_progress": False}
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **options))
-    return bpe
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace()  # a space belongs to the token after it
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False))
+    return lambda text: bpe.encode(text).tokens[:100]
 
 
-def show_cross_attention(model: Transformer, bpe, text: str, picture: str | None) -> None:
-    """Print which token of the source each token written reads most, for each head of the last layer; draw it all."""
-    source, written = bpe.encode(text), translate(model, bpe.encode(text).ids, beam=1)
-    with torch.no_grad():
-        model(torch.tensor([source.ids]), torch.tensor([[START, *written]]))
-    A = model.decoder[-1].cross_attention.A[
-        0, :, :-1
-    ]  # (h, T, S): the row that wrote a token is that of the one before
-    target = [bpe.id_to_token(index) for index in written]
-    print(f"\n{text} -> {bpe.decode(written)}\n  written     most read by head 0, 1, ...")
-    for t, token in enumerate(target):
-        print(f"  {token:12}" + "".join(f"{source.tokens[int(weights[t].argmax())]:11}" for weights in A).rstrip())
+def show_map(A: Tensor, source: list[str], written: list[str], picture: str | None) -> None:
+    """A (T, S), in percent: how much of what each token written (row) reads is of each of the source (column)."""
+    print(" " * 12 + "".join(f"{token:>9}" for token in source))
+    for token, row in zip(written, (100 * A).round().int().tolist(), strict=True):
+        print(f"{token:>12}" + "".join(f"{share if share >= 5 else '.':>9}" for share in row))
     if picture:
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(3.5 * len(A), 4), layout="constrained")
-        for axes, weights in zip(figure.subplots(1, len(A), squeeze=False)[0], A.tolist(), strict=True):
-            axes.imshow(weights, cmap="Blues", vmin=0, vmax=1)
-            axes.set_xticks(range(len(source)), source.tokens, rotation=90)
-            axes.set_yticks(range(len(target)), target)
-        figure.savefig(picture)
+        figure = Figure(figsize=(2 + 0.4 * len(source), 2 + 0.4 * len(written)), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(A, cmap="Blues", vmin=0, vmax=1)
+        axes.set_xticks(range(len(source)), source, rotation=90)
+        axes.set_yticks(range(len(written)), written)
+        figure.savefig(picture, dpi=150)
+
+
+def options(arguments: list[str] | None) -> tuple[argparse.Namespace, list[list[str]]]:
+    """What the command line says, and four texts: source and target to learn from, source and target held out."""
+    parser = argparse.ArgumentParser(description="Translate with the original Transformer.")
+    files = ("source", "target", "test_source", "test_target")
+    for name in files:
+        parser.add_argument(f"--{name}", metavar="FILE", help="sentences, one a line, .gz or not (default: numbers)")
+    sizes = {"d_model": 64, "N": 2, "h": 4, "d_ff": 256, "steps": 1500, "batch_size": 64, "warmup": 750, "beam": 4}
+    for name, default in (sizes | {"vocab_size": 8000, "seed": 1, "P_drop": 0.0, "smoothing": 0.1}).items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help="(default: %(default)s)")
+    parser.add_argument("--picture", metavar="FILE", help="draw the cross-attention of one translation")
+    args = parser.parse_args(arguments)
+    if args.d_model % (2 * args.h) or min(getattr(args, name) for name in sizes) < 1:
+        parser.error("sizes are at least 1, and d_model is a multiple of 2 h")
+    given = [getattr(args, name) for name in files]
+    if any(given) and not all(given):
+        parser.error("--source, --target, --test_source and --test_target are needed together")
+    needed = ["tokenizers", "sacrebleu"] if args.source else ["num2words"]
+    for package in needed + ["matplotlib"] * bool(args.picture):
+        if find_spec(package) is None:
+            parser.error(f"this needs the package {package}: pip install {package}")
+    if not args.source:
+        english, german = numbers(20_500, torch.Generator().manual_seed(args.seed))
+        return args, [english[500:], german[500:], english[:500], german[:500]]
+    try:
+        texts = [read_lines(file) for file in given]
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(str(error))
+    if len(texts[0]) != len(texts[1]) or len(texts[2]) != len(texts[3]):
+        parser.error("a text and its translation have as many lines")
+    return args, texts
 
 
 def main(arguments: list[str] | None = None) -> float:
-    """Train, translate what was held out; returns the percentage of exact matches, or BLEU for files."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name in ("source", "target", "test_source", "test_target"):
-        parser.add_argument(f"--{name}", metavar="FILE", help="sentences, one a line, .gz or not (numbers in words)")
-    parser.add_argument("--vocab_size", type=int, help="tokens of both languages together (numbers 100, files 8000)")
-    sizes = {"d_model": 128, "N": 2, "h": 4, "d_ff": 512, "steps": 1000, "batch_size": 128, "warmup": 800, "beam": 4}
-    for name, default in (sizes | {"seed": 1}).items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
-    parser.add_argument("--P_drop", type=float, default=0.0, help="dropout, for little text (0)")
-    parser.add_argument("--smoothing", type=float, default=0.1, help="label smoothing (0.1)")
-    parser.add_argument("--picture", metavar="FILE.png", help="draw the cross-attention of one translation")
-    args = parser.parse_args(arguments)
-    for package in ("tokenizers", "sacrebleu" if args.source else "num2words"):
-        if find_spec(package) is None:
-            parser.error(f"this needs the package {package}: pip install {package}")
-    if args.d_model % (2 * args.h) or min(getattr(args, name) for name in sizes) < 1:
-        parser.error("sizes are at least 1, and d_model is a multiple of 2 h")
-    generator = torch.Generator().manual_seed(args.seed)
+    """Learn, translate what was held out; returns the percentage of exact matches, or BLEU for files."""
+    args, texts = options(arguments)
+    example = texts[2][0] if args.source else "four hundred and twenty-one"
+    tokens = byte_pairs(texts[0] + texts[1], args.vocab_size) if args.source else number_tokens
+    pairs = [(tokens(s), tokens(t)) for s, t in zip(*texts[:2], strict=True) if s and t and s != example]
+    names = SPECIAL + sorted({token for pair in pairs for side in pair for token in side})
+    ids = {token: i for i, token in enumerate(names)}
+    print(f"{len(pairs):,} pairs, {len(texts[2]):,} held out; {len(names):,} tokens, such as {' '.join(pairs[0][1])}")
+
+    def encode(side: list[str]) -> list[int]:
+        return [ids[token] for token in side if token in ids]
+
     torch.manual_seed(args.seed)
-    files = [args.source, args.target, args.test_source, args.test_target]
-    if any(files) and not all(files):
-        parser.error("--source and --target, --test_source and --test_target are needed together")
-    try:
-        texts = [read_lines(file) for file in files] if all(files) else []
-    except (OSError, UnicodeDecodeError) as error:
-        parser.error(str(error))
-    if not texts:
-        english, german = numbers(20_500, generator)
-        texts = [english[500:], german[500:], english[:500], german[:500]]
-    if len(texts[0]) != len(texts[1]) or len(texts[2]) != len(texts[3]):
-        parser.error("a text and its translation have as many lines")
-    bpe = learn_pieces([*texts[0], *texts[1]], args.vocab_size or (8000 if args.source else 100))
-    pairs = [(bpe.encode(s).ids[:100], bpe.encode(t).ids[:100]) for s, t in zip(*texts[:2], strict=True) if s and t]
-    example = " ".join(bpe.encode(texts[1][0]).tokens)
-    print(f"{len(pairs):,} pairs and {len(texts[2]):,} held out; {bpe.get_vocab_size():,} tokens: {example}")
-    model = Transformer(bpe.get_vocab_size(), args.d_model, args.N, args.h, args.d_ff, args.P_drop)
-    train(model, batches(pairs, args.batch_size, generator), args.steps, args.warmup, args.smoothing)
+    model = Transformer(len(names), args.d_model, args.N, args.h, args.d_ff, args.P_drop)
+    draw = batches(
+        [(encode(s), encode(t)) for s, t in pairs], args.batch_size, torch.Generator().manual_seed(args.seed)
+    )
+    train(model, draw, args.steps, args.warmup, args.smoothing)
 
     model.eval()
-    written = [bpe.decode(translate(model, bpe.encode(text).ids, args.beam)) for text in texts[2]]
-    for text, translation in list(zip(texts[2], written, strict=True))[:3]:
+    sources = [encode(tokens(text)) for text in [example, *texts[2]]]
+    written = [translate(model, source, args.beam) for source in sources]
+    joined = ["".join(names[i] for i in row).replace(SPACE, " ").strip() for row in written]
+    for text, translation in list(zip(texts[2], joined[1:], strict=True))[:3]:
         print(f"  {text} -> {translation}")
-    show_cross_attention(model, bpe, texts[2][0] if args.source else "four hundred and twenty-one", args.picture)
-    if args.source:
-        import sacrebleu
+    with torch.no_grad():
+        model(torch.tensor(sources[:1]), torch.tensor([[START, *written[0][:-1]]]))
+    A = model.decoder[-1].cross_attention.A[0].mean(dim=0)  # (T, S), mean of the heads; row t is what wrote token t
+    print(f"\n{example} (not learnt) -> {joined[0]}; where each token written looks, in percent\n")
+    show_map(A, [names[i] for i in sources[0]], [names[i] for i in written[0]], args.picture)
+    if not args.source:
+        exact = 100 * sum(a == b for a, b in zip(joined[1:], texts[3], strict=True)) / len(texts[3])
+        print(f"\nexact: {exact:.1f}% of {len(texts[3])} held-out numbers are right to the letter")
+        return exact
+    import sacrebleu
 
-        bleu = sacrebleu.corpus_bleu(written, [texts[3]]).score
-        print(f"\nBLEU {bleu:.1f} on {len(written):,} held-out sentences")
-        return bleu
-    exact = 100 * sum(a == b for a, b in zip(written, texts[3], strict=True)) / len(written)
-    print(f"\n{exact:.1f}% of {len(written)} held-out numbers are right to the letter")
-    return exact
+    bleu = sacrebleu.corpus_bleu(joined[1:], [texts[3]]).score
+    print(f"\nBLEU: {bleu:.1f} on {len(texts[3]):,} held-out sentences")
+    return bleu
 
 
 if __name__ == "__main__":
