@@ -1,0 +1,171 @@
+"""Lesson 5 against torch.nn.Transformer, cross_entropy, brute force and closed forms."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from model import sinusoidal_table
+from tests.lessons import load
+
+lesson = load("5_transformer")
+SIZES = {"vocab_size": 20, "d_model": 16, "N": 2, "h": 4, "d_ff": 24, "P_drop": 0.0}
+
+
+def make(**sizes: int):
+    torch.manual_seed(0)
+    model = lesson.Transformer(**SIZES | sizes).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def copy_attention(ours, theirs: nn.MultiheadAttention) -> None:
+    parts = (ours.W_q, ours.W_k, ours.W_v)
+    theirs.in_proj_weight.data = torch.cat([part.weight for part in parts])
+    theirs.in_proj_bias.data = torch.cat([part.bias for part in parts])
+    theirs.out_proj.load_state_dict(ours.W_o.state_dict())
+
+
+def as_torchs(model) -> nn.Transformer:
+    """torch's own with the same weights; it has a norm after each stack, which the paper does not."""
+    theirs = nn.Transformer(16, 4, 2, 2, 24, dropout=0.0, batch_first=True, norm_first=False)
+    theirs.encoder.norm = theirs.decoder.norm = None
+    for ours, layer in zip(
+        [*model.encoder, *model.decoder], [*theirs.encoder.layers, *theirs.decoder.layers], strict=True
+    ):
+        copy_attention(ours.attention, layer.self_attn)
+        names = {"norm1": ours.norm_1, "norm2": ours.norm_3}
+        if ours.cross_attention is not None:
+            copy_attention(ours.cross_attention, layer.multihead_attn)
+            names = {"norm1": ours.norm_1, "norm2": ours.norm_2, "norm3": ours.norm_3}
+        for name, norm in names.items():
+            getattr(layer, name).load_state_dict(norm.state_dict())
+        layer.linear1.load_state_dict(ours.feed_forward[0].state_dict())
+        layer.linear2.load_state_dict(ours.feed_forward[2].state_dict())
+    return theirs.eval()
+
+
+def test_it_is_torchs_transformer():
+    model = make()
+    theirs = as_torchs(model)
+    source = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, lesson.PAD, lesson.PAD]])
+    target = torch.tensor([[1, 11, 12, 13], [1, 14, 15, 16]])
+    padding = source == lesson.PAD
+    mask = nn.Transformer.generate_square_subsequent_mask(4)
+    x, y = model.embed(source), model.embed(target)
+    expected = theirs(x, y, tgt_mask=mask, src_key_padding_mask=padding, memory_key_padding_mask=padding)
+    torch.testing.assert_close(model(source, target), expected @ model.embedding.weight.T, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_of_the_source_and_later_tokens_of_the_target_change_nothing():
+    model = make()
+    source, target = torch.tensor([[3, 4, 5]]), torch.tensor([[1, 6, 7, 8]])
+    logits = model(source, target)
+    longer = torch.tensor([[3, 4, 5, lesson.PAD, lesson.PAD]])
+    torch.testing.assert_close(model(longer, target), logits)
+    other = torch.tensor([[1, 6, 9, 10]])
+    torch.testing.assert_close(model(source, other)[:, :2], logits[:, :2])
+
+
+def test_positions_are_those_of_the_paper():
+    torch.testing.assert_close(lesson.positions(50, 16), sinusoidal_table(50, 16), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_label_smoothing_is_torchs(smoothing):
+    logits = torch.randn(3, 5, 20, generator=torch.Generator().manual_seed(0))
+    target = torch.randint(0, 20, (3, 5), generator=torch.Generator().manual_seed(1))
+    expected = F.cross_entropy(
+        logits.flatten(0, 1), target.flatten(), ignore_index=lesson.PAD, label_smoothing=smoothing
+    )
+    torch.testing.assert_close(lesson.smoothed_loss(logits, target, smoothing), expected)
+
+
+def test_the_rate_rises_to_its_peak_at_warmup_and_falls_as_a_root():
+    rates = [lesson.noam_rate(step, 512, 4000) for step in (1, 4000, 16000)]
+    assert rates == pytest.approx([512**-0.5 * 4000**-1.5, (512 * 4000) ** -0.5, (512 * 16000) ** -0.5])
+    scheduler_rates = [lesson.noam_rate(step, 64, 10) for step in range(1, 40)]
+    assert max(scheduler_rates) == scheduler_rates[9]
+
+
+def by_brute_force(model, source: list[int], longest: int, alpha: float) -> list[int]:
+    """The best of all translations of at most `longest` tokens."""
+    best, best_score, vocabulary = [], -math.inf, model.embedding.num_embeddings
+    for length in range(longest):
+        for words in itertools.product(range(vocabulary), repeat=length):
+            if lesson.END in words:
+                continue
+            target = torch.tensor([[lesson.START, *words, lesson.END]])
+            log_p = model(torch.tensor([source]), target[:, :-1]).log_softmax(dim=-1)
+            total = log_p.gather(-1, target[:, 1:, None]).sum().item()
+            score = total / ((5 + length + 1) / 6) ** alpha
+            if score > best_score:
+                best, best_score = list(words), score
+    return best
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_beam_of_all_beginnings_finds_the_best_translation(seed):
+    torch.manual_seed(seed)
+    model = lesson.Transformer(**SIZES | {"vocab_size": 6}).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.5 * torch.randn_like(parameter)
+    with torch.no_grad():
+        expected = by_brute_force(model, [3, 4], 4, 0.6)
+        assert lesson.translate(model, [3, 4], beam=6**4, alpha=0.6, longest=4) == expected
+
+
+def test_a_beam_of_one_takes_the_likeliest_token_each_time():
+    model = make()
+    source, target = torch.tensor([[3, 4, 5]]), [lesson.START]
+    with torch.no_grad():
+        while len(target) < 20 and (token := int(model(source, torch.tensor([target]))[0, -1].argmax())) != lesson.END:
+            target.append(token)
+    assert lesson.translate(model, [3, 4, 5], beam=1, longest=19) == target[1:]
+
+
+def test_batches_hold_every_pair_once_in_an_epoch():
+    draw = random.Random(0)
+    pairs = [([n], [n] * draw.randint(1, 9)) for n in range(100)]
+    batches = lesson.batches(pairs, 8, torch.Generator().manual_seed(0))
+    seen = []
+    while len(seen) < 100:
+        seen += [source[0] for source, _ in next(batches)]
+    assert sorted(seen) == list(range(100)) and seen != sorted(seen)
+
+
+def test_it_learns_numbers_a_little_in_a_few_steps(tmp_path, capsys):
+    options = [
+        "--steps=3",
+        "--d_model=32",
+        "--N=1",
+        "--h=2",
+        "--d_ff=32",
+        f"--picture={tmp_path / 'a.png'}",
+        "--beam=1",
+    ]
+    files = []
+    for name, side in zip(("en", "de"), lesson.numbers(60, torch.Generator().manual_seed(0)), strict=True):
+        (tmp_path / name).write_text("\n".join(side))
+        files.append(f"{tmp_path / name}")
+    assert "fünf" in (tmp_path / "de").read_text()
+    both = [f"--source={files[0]}", f"--target={files[1]}", f"--test_source={files[0]}", f"--test_target={files[1]}"]
+    lesson.main([*options, *both, "--vocab_size=80"])
+    assert "BLEU" in capsys.readouterr().out and (tmp_path / "a.png").stat().st_size > 5000
+    with pytest.raises(SystemExit) as stop:
+        lesson.main([f"--{name}=nowhere" for name in ("source", "target", "test_source", "test_target")])
+    assert stop.value.code == 2 and "nowhere" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        lesson.main([both[0]])
+    assert stop.value.code == 2 and "are needed together" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_figure_of_the_head():
+    """Fewer steps than by default, and nearly as good."""
+    assert lesson.main(["--steps=500", "--warmup=250", "--beam=1"]) >= 90
