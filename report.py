@@ -6,7 +6,7 @@ python report.py out-a out-b --html=compare.html
 import base64
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -36,6 +36,22 @@ class Report:
             value = getattr(self, key)
             if value is not None and not Path(value).name:
                 raise UserError(f"{key}={value!r}: expected the name of a file")
+
+
+def comparable(runs: list[RunRecord]) -> tuple[list[RunRecord], str]:
+    """The runs with losses in one unit, and the unit: bits per byte if their tokens are not the same pieces of text."""
+    bests = [run.best() or {} for run in runs]
+    if not all(best.get("val_bpb") for best in bests):
+        return runs, "nats per token"
+    bits = [best["val_bpb"] / best["val_loss"] for best in bests]  # per byte, of a nat per token
+    if max(bits) < 1.001 * min(bits):
+        return runs, "nats per token"
+    losses = ("train_loss", "val_loss")
+    scaled = [
+        [record | {key: record[key] * factor for key in losses if key in record} for record in run.records]
+        for run, factor in zip(runs, bits, strict=True)
+    ]
+    return [replace(run, records=records) for run, records in zip(runs, scaled, strict=True)], "bits per byte"
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -157,7 +173,7 @@ def main(cfg: Report, origin: dict[str, str]) -> None:
     for table in tables(runs):
         print_table(table)
     own = Path(cfg.runs[0]) / PICTURE if len(cfg.runs) == 1 and Path(cfg.runs[0]).is_dir() else "compare.png"
-    path, picture = Path(cfg.png or own), draw(runs)
+    path, picture = Path(cfg.png or own), draw(*comparable(runs))
     write_whole(path, picture)
     print(f"picture: {path}")
     if cfg.html:

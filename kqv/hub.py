@@ -139,6 +139,7 @@ def our_settings(theirs: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The settings of a config.json in GPTConfig's terms. Raises UserError, by name, for what model.py cannot do."""
     family, where = FAMILIES[theirs["model_type"]], folder / "config.json"
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # of transformers 5, and before
+    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     theirs = theirs | {"rope_type": rope.get("type", "default")} | rope
     if not theirs.get("use_sliding_window", True):
         theirs["sliding_window"] = None

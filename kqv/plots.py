@@ -37,7 +37,7 @@ def refresh_picture(out_dir: Path, say: Callable[[str], None]) -> bool:
     return True
 
 
-def draw(runs: list[RunRecord]) -> bytes:
+def draw(runs: list[RunRecord], unit_of_loss: str = "nats per token") -> bytes:
     """A PNG of the losses: of one run over iterations; of several runs over tokens, and beside that over time."""
     from matplotlib.figure import Figure
 
@@ -56,7 +56,7 @@ def draw(runs: list[RunRecord]) -> bytes:
         ax.xaxis.set_major_formatter("{x:,.10g}")
         ax.set_xlim(left=0)
         open_axes(ax)
-    axes[0].set_ylabel("loss (nats per token)")
+    axes[0].set_ylabel(f"loss ({unit_of_loss})")
     axes[0].set_ylim(limits(runs))
     labels = [f"{run.name}: {describe_best(run)}" for run in runs]
     if alone:

@@ -52,6 +52,18 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(tmp_path, family, op
         torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, rtol=1e-5, atol=1e-5)
     expected = theirs.generate(idx, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert greedy(ours, idx, 40).tolist() == expected[:, 20:].tolist()
+    assert greedy(ours, idx[:1], 64).tolist() == [refilled_greedy(theirs, idx[0].tolist(), 64, block_size=64)]
+
+
+def refilled_greedy(theirs: transformers.PreTrainedModel, seen: list[int], count: int, block_size: int) -> list[int]:
+    """Greedy tokens whose context, when it is full, starts again from its last half, as the cache here does."""
+    start, prompt = 0, len(seen)
+    for _ in range(count):
+        if len(seen) - start > block_size:
+            start = len(seen) - block_size // 2
+        with torch.no_grad():
+            seen = [*seen, int(theirs(torch.tensor([seen[start:]])).logits[0, -1].argmax())]
+    return seen[prompt:]
 
 
 def test_the_rope_base_of_older_config_files(tmp_path):
@@ -91,6 +103,34 @@ def test_what_model_py_cannot_compute_is_refused_by_name(tmp_path, family, chang
     with pytest.raises(UserError, match=message) as caught:
         GPT.from_pretrained(str(tmp_path))
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "missing.safetensors", 7])
+def test_an_index_cannot_lead_out_of_its_folder(tmp_path, name):
+    save(tmp_path, "Llama")
+    shutil.copy(tmp_path / "model.safetensors", tmp_path.parent / "outside.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(UserError, match="which is no file in its folder"):
+        GPT.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", "\xff", '{"model_type": "llama"}', '{"model_type": "llama", "rope_parameters": 3}']
+)
+def test_a_damaged_config_is_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"config\.json") as caught:
+        GPT.from_pretrained(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_names_on_the_hub_need_a_network_and_say_so(command, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for script in ("sample.py", "explain.py"):
+        words = ["attention"] if script == "explain.py" else []
+        result = command(script, *words, "--init_from=nobody/nothing-of-this-name")
+        assert result.code == 2 and "could not download nobody/nothing-of-this-name" in result.err
+        assert result.err.count("\n") == 1
 
 
 def test_truncated_weights_are_named(tmp_path):

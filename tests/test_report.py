@@ -442,3 +442,20 @@ def test_a_resumed_run_keeps_its_earlier_environments(tmp_path, capsys):
     assert "earlier" not in start(1, "e")
     assert "ignored 1 damaged lines, the first is line 2" in capsys.readouterr().out
     assert [line["iter"] for line in metrics(tmp_path)] == [0, 1]
+
+
+def test_runs_of_different_tokens_are_compared_by_bits_per_byte(tmp_path):
+    from report import comparable
+
+    runs = []
+    for name, loss, bpb in (("char", 1.4, 2.0), ("bpe", 4.2, 1.9)):
+        records = [{"iter": 0, "train_loss": loss, "val_loss": loss, "val_bpb": bpb, "elapsed_seconds": 1.0, "tokens": 9}]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+        (tmp_path / name / "config.json").write_text("{}")
+        runs.append(read_run(tmp_path / name))
+    scaled, unit = comparable(runs)
+    assert unit == "bits per byte"
+    assert [run.records[0]["val_loss"] for run in scaled] == pytest.approx([2.0, 1.9])
+    assert [run.records[0]["train_loss"] for run in scaled] == pytest.approx([2.0, 1.9])
+    assert comparable(runs[:1]) == (runs[:1], "nats per token")
