@@ -1,6 +1,7 @@
 """prepare/tokenizer.py: a BPE of one's own, against transformers; and the data and models made with it."""
 
 import json
+import runpy
 import shlex
 import subprocess
 import sys
@@ -75,6 +76,19 @@ def test_where_text_is_cut_makes_no_difference(ours, parts, size):
         chunks = list(writer.chunks(parts, writer.WORD_END))
     assert "".join(chunks) == text
     assert [index for chunk in chunks for index in ours.encode(chunk)] == ours.encode(text)
+
+
+@pytest.mark.parametrize("separator", ["\x1c", "\x1f", "\x85", "\u2028", "\xa0", "\v", "\n\t"])
+def test_separators_end_words_as_in_the_tokenizers_pattern(separator):
+    """Learned from a text in which they follow a sign, so that a cut inside a word would change the ids."""
+    text = f"a!{separator}b " * 300 + "bb bb bb"
+    learned = runpy.run_path(str(ROOT / "prepare/tokenizer.py"))["train_bpe"]([text], 259, ())
+    tokenizer = JsonTokenizer(learned)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "CHUNK", 2)
+        chunks = list(writer.chunks([text], writer.WORD_END))
+    assert [index for chunk in chunks for index in tokenizer.encode(chunk)] == tokenizer.encode(text)
+    assert len(chunks) > 100
 
 
 @pytest.mark.parametrize(
