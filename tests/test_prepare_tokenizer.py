@@ -213,7 +213,10 @@ def test_a_missing_package_is_named(kqv, tmp_path):
 def test_scripts_beside_prepare_code_still_find_pythons_code(script, kqv, tmp_path):
     """As libraries do that import pdb."""
     (tmp_path / "check").mkdir()
-    hook = "import atexit\natexit.register(lambda: print(__import__('code').InteractiveConsole))\n"
+    hook = (
+        "import atexit, sys\natexit.register(lambda: print(__import__('code').InteractiveConsole, list(sys.modules)))\n"
+    )
     (tmp_path / "check" / "sitecustomize.py").write_text(hook, encoding="utf-8")
     done = kqv(f"prepare/{script}.py", "--absent", env={"PYTHONPATH": str(tmp_path / "check")})
     assert done.returncode == 2 and "InteractiveConsole" in done.stdout, done.stderr
+    assert "'torch'" not in done.stdout  # a misspelt flag is answered at once
