@@ -13,7 +13,6 @@ from kqv import cli
 from kqv.chat import encode_rows
 from kqv.documents import find_files
 from kqv.errors import UserError
-from kqv.hub_tokenizer import find_tokenizer
 from kqv.meta import MASKED
 from kqv.suggest import print_next
 from kqv.writer import dataset_folder, write_encoded
@@ -37,6 +36,8 @@ def main(cfg: Chat, origin: dict[str, str]) -> None:
 
     python prepare/chat.py --input=answers.jsonl --tokenizer=HuggingFaceTB/SmolLM2-135M-Instruct
     """
+    from kqv.hub_tokenizer import find_tokenizer  # imports torch, for which --help need not wait
+
     if not cfg.input or "" in cfg.input:
         raise UserError("which rows? --input=FILE.jsonl")
     if not 0 < cfg.val_fraction < 1:

@@ -12,7 +12,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # kqv, also if not insta
 from kqv import cli
 from kqv.documents import find_files, read_documents
 from kqv.errors import UserError
-from kqv.hub_tokenizer import find_tokenizer
 from kqv.suggest import print_next
 from kqv.tokenizer import CharTokenizer, Tokenizer
 from kqv.writer import dataset_folder, write_dataset
@@ -34,6 +33,8 @@ class Text:
 def make_tokenizer(kind: str, files: list[Path], field: str) -> Tokenizer:
     """The tokenizer of that kind or place; "char" has the characters of the files. Raises UserError."""
     if kind != "char":
+        from kqv.hub_tokenizer import find_tokenizer  # imports torch, for which --help need not wait
+
         return find_tokenizer(kind)
     characters, count = set(), 0
     for count, document in enumerate(read_documents(files, field), 1):  # noqa: B007

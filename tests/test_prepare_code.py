@@ -82,8 +82,9 @@ def test_gitignore_is_read_as_git_reads_it(tmp_path, monkeypatch, checkout):
     make(tmp_path / "it", files)
     if checkout:
         subprocess.run(["git", "init", "--quiet", tmp_path / "it"], check=True)
-    monkeypatch.setenv("GIT_DIR", str(tmp_path / "absent"))  # as in a hook of another repository
-    monkeypatch.setenv("GIT_INDEX_FILE", str(tmp_path / "absent"))
+        subprocess.run(["git", "-C", tmp_path / "it", "add", "--all"], check=True)
+        monkeypatch.setenv("GIT_DIR", str(tmp_path / "it" / ".git"))  # as in a hook
+        monkeypatch.setenv("GIT_INDEX_FILE", str(tmp_path / "it" / ".git" / "index"))
     assert read(tmp_path / "it")[0] == {*kept, ".gitignore", "deep/.gitignore", "deep/er/.gitignore"}
 
 
@@ -248,10 +249,11 @@ def test_the_split_does_not_depend_on_the_place(tmp_path, command, monkeypatch):
     for place in ("one", "deep/er"):
         make(tmp_path / place / "it", {f"{n}.py": code(n) for n in range(60)})
     made = []
-    for folder in ("one/it", tmp_path / "deep" / "er" / "it"):
-        assert command("prepare/code.py", folder, "--tokenizer=char", "--data_dir=data").code == 0
+    for place, folder in ((tmp_path, "one/it"), (tmp_path / "deep" / "er" / "it", ".")):
+        monkeypatch.chdir(place)
+        done = command("prepare/code.py", folder, "--tokenizer=char", f"--data_dir={tmp_path / 'data'}")
+        assert done.code == 0, done.err
         made.append([(tmp_path / "data" / "code" / f"{split}.bin").read_bytes() for split in ("train", "val")])
-    monkeypatch.chdir(tmp_path / "one" / "it")
     assert made[0] == made[1]
 
 

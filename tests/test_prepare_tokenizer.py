@@ -1,6 +1,7 @@
 """prepare/tokenizer.py: a BPE of one's own, against transformers; and the data and models made with it."""
 
 import json
+import runpy
 import shlex
 import subprocess
 import sys
@@ -75,6 +76,19 @@ def test_where_text_is_cut_makes_no_difference(ours, parts, size):
         chunks = list(writer.chunks(parts, writer.WORD_END))
     assert "".join(chunks) == text
     assert [index for chunk in chunks for index in ours.encode(chunk)] == ours.encode(text)
+
+
+@pytest.mark.parametrize("separator", ["\x1c", "\x1f", "\x85", "\u2028", "\xa0", "\v", "\n\t"])
+def test_separators_end_words_as_in_the_tokenizers_pattern(separator):
+    """Learned from a text in which they follow a sign, so that a cut inside a word would change the ids."""
+    text = f"a!{separator}b " * 300 + "bb bb bb"
+    learned = runpy.run_path(str(ROOT / "prepare/tokenizer.py"))["train_bpe"]([text], 259, ())
+    tokenizer = JsonTokenizer(learned)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "CHUNK", 2)
+        chunks = list(writer.chunks([text], writer.WORD_END))
+    assert [index for chunk in chunks for index in tokenizer.encode(chunk)] == tokenizer.encode(text)
+    assert len(chunks) > 100
 
 
 @pytest.mark.parametrize(
@@ -199,7 +213,10 @@ def test_a_missing_package_is_named(kqv, tmp_path):
 def test_scripts_beside_prepare_code_still_find_pythons_code(script, kqv, tmp_path):
     """As libraries do that import pdb."""
     (tmp_path / "check").mkdir()
-    hook = "import atexit\natexit.register(lambda: print(__import__('code').InteractiveConsole))\n"
+    hook = (
+        "import atexit, sys\natexit.register(lambda: print(__import__('code').InteractiveConsole, list(sys.modules)))\n"
+    )
     (tmp_path / "check" / "sitecustomize.py").write_text(hook, encoding="utf-8")
     done = kqv(f"prepare/{script}.py", "--absent", env={"PYTHONPATH": str(tmp_path / "check")})
     assert done.returncode == 2 and "InteractiveConsole" in done.stdout, done.stderr
+    assert "'torch'" not in done.stdout  # a misspelt flag is answered at once
