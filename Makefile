@@ -46,5 +46,5 @@ gpu: .venv/test
 	touch $@
 
 .venv/test: .venv/run
-	$(BIN)/pip install --quiet -e '.[gpt2,hub,code,wandb,test]'
+	$(BIN)/pip install --quiet -e '.[gpt2,hub,code,lessons,wandb,test]'
 	touch $@

@@ -449,11 +449,13 @@ def test_runs_of_different_tokens_are_compared_by_bits_per_byte(tmp_path):
 
     runs = []
     for name, loss, bpb in (("char", 1.4, 2.0), ("bpe", 4.2, 1.9)):
-        records = [{"iter": 0, "train_loss": loss, "val_loss": loss, "val_bpb": bpb, "elapsed_seconds": 1.0, "tokens": 9}]
+        records = [
+            {"iter": 0, "train_loss": loss, "val_loss": loss, "val_bpb": bpb, "elapsed_seconds": 1.0, "tokens": 9}
+        ]
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
         (tmp_path / name / "config.json").write_text("{}")
-        runs.append(read_run(tmp_path / name))
+        runs.append(rundir.read_run(tmp_path / name))
     scaled, unit = comparable(runs)
     assert unit == "bits per byte"
     assert [run.records[0]["val_loss"] for run in scaled] == pytest.approx([2.0, 1.9])
