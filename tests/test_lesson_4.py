@@ -23,8 +23,12 @@ def lesson():
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def seed_and_one_thread():  # as the file itself does
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("size", [(7, 16), (3, 5, 4), (2, 3, 9, 8)])
