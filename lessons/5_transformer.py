@@ -21,11 +21,11 @@ FIGURES
 """
 
 import argparse
-import gzip
 import math
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -135,14 +135,11 @@ def padded(rows: list[list[int]]) -> Tensor:
 
 
 def train(model: Transformer, pairs: list[tuple], batch_size: int, steps: int, warmup: int, smoothing: float) -> None:
-    """Adam with the paper's settings (5.3); `pairs` are the ids of a source and of its target."""
+    """Adam with the paper's settings (5.3); `pairs` are ids: source, END and START, target, END."""
     optimizer, started = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9), time.monotonic()
     for step in range(1, steps + 1):
         batch = [pairs[i] for i in torch.randint(len(pairs), (batch_size,))]
-        source, target = (
-            padded([s for s, _ in batch]),
-            padded([[START, *t, END] for _, t in batch]),
-        )  # (B, S), (B, T + 1)
+        source, target = (padded(list(side)) for side in zip(*batch, strict=True))  # (B, S), (B, T + 1)
         optimizer.param_groups[0]["lr"] = noam_rate(step, model.d_model, warmup)
         loss = smoothed_loss(model(source, target[:, :-1]), target[:, 1:], smoothing)  # reads T tokens, T are due
         optimizer.zero_grad()
@@ -209,16 +206,11 @@ def byte_pairs(texts: list[str], vocab_size: int) -> Callable[[str], list[str]]:
     return lambda text: bpe.encode(text).tokens[:100]
 
 
-def read_lines(path: str) -> list[str]:
-    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-        return [line.strip() for line in file]
-
-
 def main(arguments: list[str] | None = None) -> float:
     """Learn, translate what was held out; returns the percentage of exact matches, or BLEU for files."""
     parser = argparse.ArgumentParser(description="Translate with the original Transformer.")
     for name in ("source", "target"):
-        parser.add_argument(f"--{name}", metavar="FILE", help="sentences, one a line, .gz or not (default: numbers)")
+        parser.add_argument(f"--{name}", metavar="FILE", help="sentences, one a line (default: numbers)")
     sizes = {"d_model": 64, "N": 2, "h": 4, "d_ff": 256, "steps": 1500, "batch_size": 64, "warmup": 750, "beam": 4}
     sizes |= {"held_out": 500, "vocab_size": 8000}
     for name, default in (sizes | {"P_drop": 0.0, "smoothing": 0.1, "seed": 1}).items():
@@ -236,7 +228,8 @@ def main(arguments: list[str] | None = None) -> float:
         if args.source:
             from sacrebleu import corpus_bleu
 
-            sources, targets = read_lines(args.source), read_lines(args.target)
+            texts = (Path(file).read_text(encoding="utf-8") for file in (args.source, args.target))
+            sources, targets = (text.strip().split("\n") for text in texts)
             tokens = byte_pairs(sources[: -args.held_out] + targets[: -args.held_out], args.vocab_size)
         else:
             (sources, targets), tokens = numbers(20_000 + args.held_out, torch.default_generator), number_tokens
@@ -247,23 +240,24 @@ def main(arguments: list[str] | None = None) -> float:
     if not args.held_out < len(sources) == len(targets):
         parser.error(f"{len(sources)} and {len(targets)} lines: expected as many, and more than --held_out")
 
-    pairs = [(tokens(s), tokens(t)) for s, t in zip(sources, targets, strict=True)][: -args.held_out]
-    names = SPECIAL + sorted({token for pair in pairs for side in pair for token in side})
+    n = len(sources) - args.held_out  # the first n are learnt
+    names = SPECIAL + sorted({token for text in sources[:n] + targets[:n] for token in tokens(text)})
     ids = {token: i for i, token in enumerate(names)}
-    print(f"{len(pairs):,} pairs, {args.held_out:,} held out; {len(names):,} tokens, such as {' '.join(pairs[0][1])}")
-    model = Transformer(len(names), args.d_model, args.N, args.h, args.d_ff, args.P_drop)
-    pairs = [([ids[token] for token in s], [ids[token] for token in t]) for s, t in pairs if s and t]
+
+    def encode(text: str) -> list[int]:
+        return [ids[token] for token in tokens(text) if token in ids] + [END]
+
+    pairs = [(encode(s), [START, *encode(t)]) for s, t in zip(sources[:n], targets[:n], strict=True)]
+    print(f"{n:,} pairs, {args.held_out:,} held out; {len(ids):,} tokens, such as {' '.join(tokens(targets[0]))}")
+    model = Transformer(len(ids), args.d_model, args.N, args.h, args.d_ff, args.P_drop)
     train(model, pairs, args.batch_size, args.steps, args.warmup, args.smoothing)
 
     model.eval()
-    sources, targets = sources[-args.held_out :], targets[-args.held_out :]
-    read = [[ids[token] for token in tokens(text) if token in ids] or [END] for text in sources]
-    written = ["".join(names[i] for i in translate(model, source, args.beam)) for source in read]
-    written = [text.replace(SPACE, " ").strip() for text in written]
-    for source, text in list(zip(sources, written, strict=True))[:3]:
+    written = [[names[i] for i in translate(model, encode(text), args.beam)] for text in sources[n:]]
+    written = ["".join(tokens).replace(SPACE, " ").strip() for tokens in written]
+    for source, text in list(zip(sources[n:], written, strict=True))[:3]:
         print(f"  {source} -> {text}")
-
-    source = read[0] if args.source else [ids[token] for token in tokens("four hundred and twenty-one")]
+    source = encode(sources[n] if args.source else "four hundred and twenty-one")
     target = translate(model, source, args.beam)
     with torch.no_grad():
         model(torch.tensor([source]), torch.tensor([[START, *target[:-1]]]))
@@ -279,10 +273,10 @@ def main(arguments: list[str] | None = None) -> float:
         axes.set_xticks(range(len(columns)), columns, rotation=90)
         axes.set_yticks(range(len(rows)), rows)
         figure.savefig(args.picture, dpi=150)
-    exact = 100 * sum(map(str.__eq__, written, targets)) / args.held_out
+    exact = 100 * sum(a == b for a, b in zip(written, targets[n:], strict=True)) / args.held_out
     print(f"\n{exact:.1f}% of {args.held_out} held-out translations are right to the letter")
     if args.source:
-        exact = corpus_bleu(written, [targets]).score
+        exact = corpus_bleu(written, [targets[n:]]).score
         print(f"BLEU: {exact:.1f}")
     return exact
 

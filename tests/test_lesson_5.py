@@ -1,6 +1,5 @@
 """Lesson 5 against torch.nn.Transformer, cross_entropy, brute force and closed forms."""
 
-import gzip
 import itertools
 import math
 
@@ -150,9 +149,8 @@ def test_numbers_are_learnt_translated_and_drawn(tmp_path, capsys):
 def test_files_are_learnt_with_byte_pairs(tmp_path, capsys):
     files = []
     for name, text in zip(("source", "target"), lesson.numbers(60, torch.Generator().manual_seed(0)), strict=True):
-        with gzip.open(tmp_path / f"{name}.gz", "wt", encoding="utf-8") as file:
-            file.write("\n".join(text))
-        files.append(f"--{name}={tmp_path / name}.gz")
+        (tmp_path / name).write_text("\n".join(text), encoding="utf-8")
+        files.append(f"--{name}={tmp_path / name}")
     lesson.main([*TINY, *files, "--held_out=4", "--vocab_size=80"])
     assert "BLEU" in capsys.readouterr().out
     wrong = {"are needed together": files[:1], "more than --held_out": [*files, "--held_out=60"]}
