@@ -21,12 +21,11 @@ FIGURES
 """
 
 import argparse
-import gzip
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -35,7 +34,7 @@ from torch.nn import functional as F
 
 SPECIAL = ["<pad>", "<s>", "</s>"]  # fills short rows; stands before the first token; after the last one
 PAD, START, END = range(3)  # their ids
-SPACE = "\u2581"  # as tokenizers writes it
+SPACE = "▁"  # in byte pairs
 
 
 # -- the model: 3.2 attention, 3.3 feed-forward, 3.5 positions, 3.1 the stacks -----------------------------------------
@@ -49,9 +48,8 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
         """x (B, T, d_model) asks, memory (B, S, d_model) answers; mask (B or 1, 1, T or 1, S) says what it may see."""
-        q = self.W_q(x).unflatten(-1, (self.h, self.d_k)).transpose(1, 2)  # (B, h, T, d_k)
-        k = self.W_k(memory).unflatten(-1, (self.h, self.d_k)).transpose(1, 2)  # (B, h, S, d_k)
-        v = self.W_v(memory).unflatten(-1, (self.h, self.d_k)).transpose(1, 2)  # (B, h, S, d_k)
+        projected = self.W_q(x), self.W_k(memory), self.W_v(memory)  # (B, T, d_model), (B, S, d_model) twice
+        q, k, v = (y.unflatten(-1, (self.h, self.d_k)).transpose(1, 2) for y in projected)  # (B, h, T or S, d_k)
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.d_k)  # (B, h, T, S)
         self.A = F.softmax(scores.masked_fill(~mask, -math.inf), dim=-1)  # (B, h, T, S), kept for the picture
         return self.W_o((self.A @ v).transpose(1, 2).flatten(2))  # (B, T, d_model): the heads side by side, mixed
@@ -136,31 +134,19 @@ def padded(rows: list[list[int]]) -> Tensor:
     return torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
 
 
-def batches(pairs: list[tuple[list[int], list[int]]], size: int, generator: torch.Generator) -> Iterator[list]:
-    """Epoch after epoch in random order."""
-    while True:
-        order = torch.randperm(len(pairs), generator=generator).tolist()
-        for start in range(0, len(order), size):
-            yield [pairs[i] for i in order[start : start + size]]
-
-
-def train(model: Transformer, draw: Iterator[list], steps: int, warmup: int, smoothing: float) -> None:
-    """Adam with the paper's settings (5.3), on `steps` batches that `draw` yields."""
+def train(model: Transformer, pairs: list[tuple], batch_size: int, steps: int, warmup: int, smoothing: float) -> None:
+    """Adam with the paper's settings (5.3); `pairs` are ids: source, END and START, target, END."""
     optimizer, started = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9), time.monotonic()
-    model.train()
     for step in range(1, steps + 1):
-        batch = next(draw)
-        source = padded([s for s, _ in batch])  # (B, S)
-        target = padded(
-            [[START, *t, END] for _, t in batch]
-        )  # (B, T + 1): reads all but the last, writes all but START
+        batch = [pairs[i] for i in torch.randint(len(pairs), (batch_size,))]
+        source, target = (padded(list(side)) for side in zip(*batch, strict=True))  # (B, S), (B, T + 1)
         optimizer.param_groups[0]["lr"] = noam_rate(step, model.d_model, warmup)
-        loss = smoothed_loss(model(source, target[:, :-1]), target[:, 1:], smoothing)
+        loss = smoothed_loss(model(source, target[:, :-1]), target[:, 1:], smoothing)  # reads T tokens, T are due
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if step % max(1, steps // 20) == 0:
-            print(f"step {step}: loss {loss:.3f}, {time.monotonic() - started:.0f} s", flush=True)
+            print(f"step {step}: loss {loss.item():.3f}, {time.monotonic() - started:.0f} s", flush=True)
 
 
 # -- writing: 6.1 beam search ------------------------------------------------------------------------------------------
@@ -196,11 +182,12 @@ def translate(model: Transformer, source: list[int], beam: int, alpha: float = 0
 
 
 def numbers(count: int, generator: torch.Generator) -> tuple[list[str], list[str]]:
-    """Different numbers below a million, as many of three digits as of four or five, in English and German words."""
+    """Different numbers below a million, 421 not among them, in English and German; short and long ones alike."""
     from num2words import num2words
 
     drawn = (10 ** (6 * torch.rand(5 * count, generator=generator))).long().unique()
-    chosen = drawn[torch.randperm(len(drawn), generator=generator)][:count].tolist()
+    drawn = drawn[torch.randperm(len(drawn), generator=generator)].tolist()
+    chosen = [n for n in drawn if n != 421][:count]
     return [num2words(n, lang="en") for n in chosen], [num2words(n, lang="de") for n in chosen]
 
 
@@ -209,109 +196,89 @@ def number_tokens(text: str) -> list[str]:
     return re.findall(r"hundred|thousand|hundert|tausend|und|[^\W_]+?(?=hundert|tausend|und|\b)|[-,]", text)
 
 
-def read_lines(path: str) -> list[str]:
-    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-        return [line.strip() for line in file]
-
-
 def byte_pairs(texts: list[str], vocab_size: int) -> Callable[[str], list[str]]:
     """text -> tokens by one byte-pair encoding for both languages (5.1): what often stands together is one token."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Metaspace()  # a space belongs to the token after it
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(SPACE)  # a space belongs to the token after it
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False))
     return lambda text: bpe.encode(text).tokens[:100]
 
 
-def show_map(A: Tensor, source: list[str], written: list[str], picture: str | None) -> None:
-    """A (T, S), in percent: how much of what each token written (row) reads is of each of the source (column)."""
-    print(" " * 12 + "".join(f"{token:>9}" for token in source))
-    for token, row in zip(written, (100 * A).round().int().tolist(), strict=True):
-        print(f"{token:>12}" + "".join(f"{share if share >= 5 else '.':>9}" for share in row))
-    if picture:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(2 + 0.4 * len(source), 2 + 0.4 * len(written)), layout="constrained")
-        axes = figure.subplots()
-        axes.imshow(A, cmap="Blues", vmin=0, vmax=1)
-        axes.set_xticks(range(len(source)), source, rotation=90)
-        axes.set_yticks(range(len(written)), written)
-        figure.savefig(picture, dpi=150)
-
-
-def options(arguments: list[str] | None) -> tuple[argparse.Namespace, list[list[str]]]:
-    """What the command line says, and four texts: source and target to learn from, source and target held out."""
+def main(arguments: list[str] | None = None) -> float:
+    """Learn, translate what was held out; returns the percentage of exact matches, or BLEU for files."""
     parser = argparse.ArgumentParser(description="Translate with the original Transformer.")
-    files = ("source", "target", "test_source", "test_target")
-    for name in files:
-        parser.add_argument(f"--{name}", metavar="FILE", help="sentences, one a line, .gz or not (default: numbers)")
+    for name in ("source", "target"):
+        parser.add_argument(f"--{name}", metavar="FILE", help="sentences, one a line (default: numbers)")
     sizes = {"d_model": 64, "N": 2, "h": 4, "d_ff": 256, "steps": 1500, "batch_size": 64, "warmup": 750, "beam": 4}
-    for name, default in (sizes | {"vocab_size": 8000, "seed": 1, "P_drop": 0.0, "smoothing": 0.1}).items():
+    sizes |= {"held_out": 500, "vocab_size": 8000}
+    for name, default in (sizes | {"P_drop": 0.0, "smoothing": 0.1, "seed": 1}).items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="(default: %(default)s)")
     parser.add_argument("--picture", metavar="FILE", help="draw the cross-attention of one translation")
     args = parser.parse_args(arguments)
     if args.d_model % (2 * args.h) or min(getattr(args, name) for name in sizes) < 1:
         parser.error("sizes are at least 1, and d_model is a multiple of 2 h")
-    given = [getattr(args, name) for name in files]
-    if any(given) and not all(given):
-        parser.error("--source, --target, --test_source and --test_target are needed together")
-    needed = ["tokenizers", "sacrebleu"] if args.source else ["num2words"]
-    for package in needed + ["matplotlib"] * bool(args.picture):
-        if find_spec(package) is None:
-            parser.error(f"this needs the package {package}: pip install {package}")
-    if not args.source:
-        english, german = numbers(20_500, torch.Generator().manual_seed(args.seed))
-        return args, [english[500:], german[500:], english[:500], german[:500]]
+    if bool(args.source) != bool(args.target):
+        parser.error("--source and --target are needed together")
+    torch.manual_seed(args.seed)
     try:
-        texts = [read_lines(file) for file in given]
+        if args.picture:
+            from matplotlib.figure import Figure
+        if args.source:
+            from sacrebleu import corpus_bleu
+
+            texts = (Path(file).read_text(encoding="utf-8") for file in (args.source, args.target))
+            sources, targets = (text.strip().split("\n") for text in texts)
+            tokens = byte_pairs(sources[: -args.held_out] + targets[: -args.held_out], args.vocab_size)
+        else:
+            (sources, targets), tokens = numbers(20_000 + args.held_out, torch.default_generator), number_tokens
+    except ImportError as error:
+        parser.error(f"this needs the package {error.name}: pip install {error.name}")
     except (OSError, UnicodeDecodeError) as error:
         parser.error(str(error))
-    if len(texts[0]) != len(texts[1]) or len(texts[2]) != len(texts[3]):
-        parser.error("a text and its translation have as many lines")
-    return args, texts
+    if not args.held_out < len(sources) == len(targets):
+        parser.error(f"{len(sources)} and {len(targets)} lines: expected as many, and more than --held_out")
 
-
-def main(arguments: list[str] | None = None) -> float:
-    """Learn, translate what was held out; returns the percentage of exact matches, or BLEU for files."""
-    args, texts = options(arguments)
-    example = texts[2][0] if args.source else "four hundred and twenty-one"
-    tokens = byte_pairs(texts[0] + texts[1], args.vocab_size) if args.source else number_tokens
-    pairs = [(tokens(s), tokens(t)) for s, t in zip(*texts[:2], strict=True) if s and t and s != example]
-    names = SPECIAL + sorted({token for pair in pairs for side in pair for token in side})
+    n = len(sources) - args.held_out  # the first n are learnt
+    names = SPECIAL + sorted({token for text in sources[:n] + targets[:n] for token in tokens(text)})
     ids = {token: i for i, token in enumerate(names)}
-    print(f"{len(pairs):,} pairs, {len(texts[2]):,} held out; {len(names):,} tokens, such as {' '.join(pairs[0][1])}")
 
-    def encode(side: list[str]) -> list[int]:
-        return [ids[token] for token in side if token in ids]
+    def encode(text: str) -> list[int]:
+        return [ids[token] for token in tokens(text) if token in ids] + [END]
 
-    torch.manual_seed(args.seed)
-    model = Transformer(len(names), args.d_model, args.N, args.h, args.d_ff, args.P_drop)
-    draw = batches(
-        [(encode(s), encode(t)) for s, t in pairs], args.batch_size, torch.Generator().manual_seed(args.seed)
-    )
-    train(model, draw, args.steps, args.warmup, args.smoothing)
+    pairs = [(encode(s), [START, *encode(t)]) for s, t in zip(sources[:n], targets[:n], strict=True)]
+    print(f"{n:,} pairs, {args.held_out:,} held out; {len(ids):,} tokens, such as {' '.join(tokens(targets[0]))}")
+    model = Transformer(len(ids), args.d_model, args.N, args.h, args.d_ff, args.P_drop)
+    train(model, pairs, args.batch_size, args.steps, args.warmup, args.smoothing)
 
     model.eval()
-    sources = [encode(tokens(text)) for text in [example, *texts[2]]]
-    written = [translate(model, source, args.beam) for source in sources]
-    joined = ["".join(names[i] for i in row).replace(SPACE, " ").strip() for row in written]
-    for text, translation in list(zip(texts[2], joined[1:], strict=True))[:3]:
-        print(f"  {text} -> {translation}")
+    written = [[names[i] for i in translate(model, encode(text), args.beam)] for text in sources[n:]]
+    written = ["".join(tokens).replace(SPACE, " ").strip() for tokens in written]
+    for source, text in list(zip(sources[n:], written, strict=True))[:3]:
+        print(f"  {source} -> {text}")
+    source = encode(sources[n] if args.source else "four hundred and twenty-one")
+    target = translate(model, source, args.beam)
     with torch.no_grad():
-        model(torch.tensor(sources[:1]), torch.tensor([[START, *written[0][:-1]]]))
+        model(torch.tensor([source]), torch.tensor([[START, *target[:-1]]]))
     A = model.decoder[-1].cross_attention.A[0].mean(dim=0)  # (T, S), mean of the heads; row t is what wrote token t
-    print(f"\n{example} (not learnt) -> {joined[0]}; where each token written looks, in percent\n")
-    show_map(A, [names[i] for i in sources[0]], [names[i] for i in written[0]], args.picture)
-    if not args.source:
-        exact = 100 * sum(a == b for a, b in zip(joined[1:], texts[3], strict=True)) / len(texts[3])
-        print(f"\nexact: {exact:.1f}% of {len(texts[3])} held-out numbers are right to the letter")
-        return exact
-    import sacrebleu
-
-    bleu = sacrebleu.corpus_bleu(joined[1:], [texts[3]]).score
-    print(f"\nBLEU: {bleu:.1f} on {len(texts[3]):,} held-out sentences")
-    return bleu
+    columns, rows = ([names[i] for i in side] for side in (source, target))
+    print("\nwhere each token written looks, in percent\n\n" + " " * 12 + "".join(f"{token:>9}" for token in columns))
+    for token, shares in zip(rows, (100 * A).round().int().tolist(), strict=True):
+        print(f"{token:>12}" + "".join(f"{share if share >= 5 else '.':>9}" for share in shares))
+    if args.picture:
+        figure = Figure(layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(A.numpy(), cmap="Blues", vmin=0, vmax=1)
+        axes.set_xticks(range(len(columns)), columns, rotation=90)
+        axes.set_yticks(range(len(rows)), rows)
+        figure.savefig(args.picture, dpi=150)
+    exact = 100 * sum(a == b for a, b in zip(written, targets[n:], strict=True)) / args.held_out
+    print(f"\n{exact:.1f}% of {args.held_out} held-out translations are right to the letter")
+    if args.source:
+        exact = corpus_bleu(written, [targets[n:]]).score
+        print(f"BLEU: {exact:.1f}")
+    return exact
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import random
 
 import pytest
 import torch
@@ -129,40 +128,37 @@ def test_a_beam_of_one_takes_the_likeliest_token_each_time():
     assert lesson.translate(model, [3, 4, 5], beam=1, longest=19) == target[1:]
 
 
-def test_batches_hold_every_pair_once_in_an_epoch():
-    draw = random.Random(0)
-    pairs = [([n], [n] * draw.randint(1, 9)) for n in range(100)]
-    batches = lesson.batches(pairs, 8, torch.Generator().manual_seed(0))
-    seen = []
-    while len(seen) < 100:
-        seen += [source[0] for source, _ in next(batches)]
-    assert sorted(seen) == list(range(100)) and seen != sorted(seen)
+def test_number_words_are_split_into_their_parts_and_joined_again():
+    english, german = lesson.numbers(300, torch.Generator().manual_seed(0))
+    assert len(set(english)) == 300 and "four hundred and twenty-one" not in english
+    assert lesson.number_tokens("vierhunderteinundzwanzig") == ["vier", "hundert", "ein", "und", "zwanzig"]
+    assert lesson.number_tokens("four hundred and twenty-one") == ["four", "hundred", "and", "twenty", "-", "one"]
+    assert all("".join(lesson.number_tokens(text)) == text for text in german)
+    assert len({token for text in english + german for token in lesson.number_tokens(text)}) < 70
 
 
-def test_it_learns_numbers_a_little_in_a_few_steps(tmp_path, capsys):
-    options = [
-        "--steps=3",
-        "--d_model=32",
-        "--N=1",
-        "--h=2",
-        "--d_ff=32",
-        f"--picture={tmp_path / 'a.png'}",
-        "--beam=1",
-    ]
+TINY = ["--d_model=16", "--N=1", "--h=2", "--d_ff=16", "--steps=3", "--beam=1"]
+
+
+def test_numbers_are_learnt_translated_and_drawn(tmp_path, capsys):
+    picture = tmp_path / "map.png"
+    percent = lesson.main([*TINY, "--held_out=3", f"--picture={picture}"])
+    assert f"{percent:.1f}% of 3 held-out" in capsys.readouterr().out and picture.stat().st_size > 5000
+
+
+def test_files_are_learnt_with_byte_pairs(tmp_path, capsys):
     files = []
-    for name, side in zip(("en", "de"), lesson.numbers(60, torch.Generator().manual_seed(0)), strict=True):
-        (tmp_path / name).write_text("\n".join(side))
-        files.append(f"{tmp_path / name}")
-    assert "fünf" in (tmp_path / "de").read_text()
-    both = [f"--source={files[0]}", f"--target={files[1]}", f"--test_source={files[0]}", f"--test_target={files[1]}"]
-    lesson.main([*options, *both, "--vocab_size=80"])
-    assert "BLEU" in capsys.readouterr().out and (tmp_path / "a.png").stat().st_size > 5000
-    with pytest.raises(SystemExit) as stop:
-        lesson.main([f"--{name}=nowhere" for name in ("source", "target", "test_source", "test_target")])
-    assert stop.value.code == 2 and "nowhere" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        lesson.main([both[0]])
-    assert stop.value.code == 2 and "are needed together" in capsys.readouterr().err
+    for name, text in zip(("source", "target"), lesson.numbers(60, torch.Generator().manual_seed(0)), strict=True):
+        (tmp_path / name).write_text("\n".join(text), encoding="utf-8")
+        files.append(f"--{name}={tmp_path / name}")
+    lesson.main([*TINY, *files, "--held_out=4", "--vocab_size=80"])
+    assert "BLEU" in capsys.readouterr().out
+    wrong = {"are needed together": files[:1], "more than --held_out": [*files, "--held_out=60"]}
+    wrong |= {"nowhere": ["--source=nowhere", "--target=nowhere"], "multiple of 2 h": ["--h=5"]}
+    for message, options in wrong.items():
+        with pytest.raises(SystemExit) as stop:
+            lesson.main(options)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.slow
