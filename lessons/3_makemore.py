@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> float:
     parser.add_argument("--words", metavar="FILE", help="one word a line (default: words of Python's own sources)")
     parser.add_argument("--models", default=",".join(MODELS), help="which, in which order (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=3000, help="of training, twice that for the transformer (default: %(default)s)"
+        "--steps", type=int, default=2000, help="of training, twice that for the transformer (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--picture", metavar="FILE", help="draw the loss at each place of the word")
@@ -253,12 +253,12 @@ def main(argv: list[str] | None = None) -> float:
     rows, by_place = [], {}
     for name in names:
         torch.manual_seed(args.seed)
-        start, p = time.perf_counter(), init(name, V, T)
+        start, p = time.process_time(), init(name, V, T)
         if name == "counted":
             count(p, idx[held_out:], targets[held_out:])
         else:
             train(name, p, idx[held_out:], targets[held_out:], args.steps)
-        seconds, size = time.perf_counter() - start, sum(w.numel() for w in p.values() if w.requires_grad)
+        seconds, size = time.process_time() - start, sum(w.numel() for w in p.values() if w.requires_grad)
         seen = losses(name, p, idx[held_out : 2 * held_out], targets[held_out : 2 * held_out]).nanmean().item()
         loss = losses(name, p, idx[:held_out], targets[:held_out])  # (N, T)
         by_place[name] = loss[:, :12].nanmean(dim=0).tolist()
