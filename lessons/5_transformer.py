@@ -15,9 +15,15 @@ are the paper's:
     x (B, T, d_model)                  d_ff     width inside feed-forward      d_k  width of a head, d_model / h
     memory (B, S, d_model)             N        layers of each stack           A    attention weights (B, h, T, S)
 
-    python lessons/5_transformer.py
+    python lessons/5_transformer.py --picture=map.png
 
-FIGURES
+takes 125 seconds of CPU time (two cores of a server CPU, AMD EPYC): 100.0% of 500 held-out numbers are right to the
+letter, and the map of 421 shows "ein" reading "one" before "zwanzig" reads "twenty". What if
+
+    --smoothing=0             the target is one-hot?
+    --beam=1                  it takes the likeliest token each time?
+    .tril() is left out in `decode`, so that a token sees those after it? The loss falls to nothing; what is written?
+    `positions` returns zeros?
 """
 
 import argparse

@@ -11,7 +11,12 @@ head; positions are learnt; GELU for ReLU; Adam is written out.
 
     python lessons/6_gpt.py
 
-FIGURES
+takes 4 minutes of CPU time on one core of a server CPU (AMD EPYC): held-out loss 1.3840 nats per character, where a
+blind guess costs 4.63, and the logits of model.py are the same. What if
+
+    .tril() is left out, so that each character sees the next? The loss falls far lower, and the sample is noise
+    `x = x + attention(...)` has lost its x +, or `wpe` is not added?
+    --help lists the sizes: how much of the loss is depth, how much is width?
 """
 
 import argparse
