@@ -37,11 +37,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-SPECIAL = ["<pad>", "<s>", "</s>"]  # fills short rows; stands before the first token; after the last one
+SPECIAL, SPACE = ["<pad>", "<s>", "</s>"], "▁"  # fills short rows, before the first token, after the last; in a token
 PAD, START, END = range(3)  # their ids
-SPACE = "▁"  # in byte pairs
-
 
 # -- the model: 3.2 attention, 3.3 feed-forward, 3.5 positions, 3.1 the stacks -----------------------------------------
 
@@ -69,8 +68,7 @@ class Layer(nn.Module):
         self.attention = MultiHeadAttention(d_model, h)
         self.cross_attention = MultiHeadAttention(d_model, h) if cross else None
         self.feed_forward = nn.Sequential(nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model))
-        self.norm_1, self.norm_3 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.norm_2 = nn.LayerNorm(d_model) if cross else None
+        self.norm_1, self.norm_2, self.norm_3 = (nn.LayerNorm(d_model) for _ in range(3))  # 2: of cross-attention
         self.drop = nn.Dropout(P_drop)
 
     def forward(self, x: Tensor, mask: Tensor, memory: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
@@ -135,17 +133,12 @@ def smoothed_loss(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
     return loss[target != PAD].mean()
 
 
-def padded(rows: list[list[int]]) -> Tensor:
-    length = max(map(len, rows))
-    return torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
-
-
-def train(model: Transformer, pairs: list[tuple], batch_size: int, steps: int, warmup: int, smoothing: float) -> None:
-    """Adam with the paper's settings (5.3); `pairs` are ids: source, END and START, target, END."""
+def train(model: Transformer, pairs: list, batch_size: int, steps: int, warmup: int, smoothing: float) -> None:
+    """Adam with the paper's settings (5.3); `pairs` hold ids: a source, END (S), and START, its target, END (T + 1)."""
     optimizer, started = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-9), time.monotonic()
     for step in range(1, steps + 1):
         batch = [pairs[i] for i in torch.randint(len(pairs), (batch_size,))]
-        source, target = (padded(list(side)) for side in zip(*batch, strict=True))  # (B, S), (B, T + 1)
+        source, target = (pad_sequence(side, batch_first=True) for side in zip(*batch, strict=True))
         optimizer.param_groups[0]["lr"] = noam_rate(step, model.d_model, warmup)
         loss = smoothed_loss(model(source, target[:, :-1]), target[:, 1:], smoothing)  # reads T tokens, T are due
         optimizer.zero_grad()
@@ -192,8 +185,8 @@ def numbers(count: int, generator: torch.Generator) -> tuple[list[str], list[str
     from num2words import num2words
 
     drawn = (10 ** (6 * torch.rand(5 * count, generator=generator))).long().unique()
-    drawn = drawn[torch.randperm(len(drawn), generator=generator)].tolist()
-    chosen = [n for n in drawn if n != 421][:count]
+    shuffled = drawn[torch.randperm(len(drawn), generator=generator)].tolist()
+    chosen = [n for n in shuffled if n != 421][:count]
     return [num2words(n, lang="en") for n in chosen], [num2words(n, lang="de") for n in chosen]
 
 
@@ -253,7 +246,8 @@ def main(arguments: list[str] | None = None) -> float:
     def encode(text: str) -> list[int]:
         return [ids[token] for token in tokens(text) if token in ids] + [END]
 
-    pairs = [(encode(s), [START, *encode(t)]) for s, t in zip(sources[:n], targets[:n], strict=True)]
+    rows = ((encode(s), [START, *encode(t)]) for s, t in zip(sources[:n], targets[:n], strict=True))
+    pairs = [(torch.tensor(source), torch.tensor(target)) for source, target in rows]
     print(f"{n:,} pairs, {args.held_out:,} held out; {len(ids):,} tokens, such as {' '.join(tokens(targets[0]))}")
     model = Transformer(len(ids), args.d_model, args.N, args.h, args.d_ff, args.P_drop)
     train(model, pairs, args.batch_size, args.steps, args.warmup, args.smoothing)
