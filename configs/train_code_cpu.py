@@ -2,7 +2,8 @@
 #
 #   python train.py configs/train_code_cpu.py
 #
-# FIGURE loss
+# On Python's standard library (docs/code.md): val loss 4.00 nats a token, 1.75 bits per byte, after 400 of its 600
+# iterations on two cores of an AMD EPYC beside other programs; the rest was not measured.
 
 out_dir = "out-code"
 eval_interval = 200
