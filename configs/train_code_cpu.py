@@ -2,8 +2,8 @@
 #
 #   python train.py configs/train_code_cpu.py
 #
-# On Python's standard library (docs/code.md): val loss 4.00 nats a token, 1.75 bits per byte, after 400 of its 600
-# iterations on two cores of an AMD EPYC beside other programs; the rest was not measured.
+# On Python's standard library (docs/code.md), two cores of an AMD EPYC beside other programs: val loss 3.73 nats a
+# token, 1.63 bits per byte.
 
 out_dir = "out-code"
 eval_interval = 200
