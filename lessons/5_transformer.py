@@ -261,7 +261,8 @@ def main(arguments: list[str] | None = None) -> float:
     target = translate(model, source, args.beam)
     with torch.no_grad():
         model(torch.tensor([source]), torch.tensor([[START, *target[:-1]]]))
-    A = model.decoder[-1].cross_attention.A[0].mean(dim=0)  # (T, S), mean of the heads; row t is what wrote token t
+    A = model.decoder[-1].cross_attention.A[0].mean(dim=0)[: len(target)]  # (T, S), mean of the heads
+    # row t of A wrote token t: it stands at the token before
     columns, rows = ([names[i] for i in side] for side in (source, target))
     print("\nwhere each token written looks, in percent\n\n" + " " * 12 + "".join(f"{token:>9}" for token in columns))
     for token, shares in zip(rows, (100 * A).round().int().tolist(), strict=True):

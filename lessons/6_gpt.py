@@ -173,13 +173,13 @@ def compare(idx: Tensor, w: Weights, model: torch.nn.Module, n_head: int) -> Non
     with torch.no_grad():
         difference = (gpt(idx, w_64, n_head) - model_64(idx, idx)[0]).abs().max().item()
     print(f"the same weights in model.py: logits differ by at most {difference:.1e} in float64")
-    assert difference < 1e-9
+    assert difference < 1e-9, "gpt() is not what model.py computes"
     started = time.perf_counter()
     ours = write(idx[:1, :1], T - 1, w, n_head)
     here = time.perf_counter() - started
     theirs = torch.cat([idx[:1, :1], *model.generate(idx[:1, :1], T - 1, [torch.Generator()], temperature=0)], dim=1)
     there = time.perf_counter() - started - here
-    assert ours.equal(theirs)
+    assert ours.equal(theirs), "the likeliest characters differ"
     print(f"the likeliest {T - 1} characters are the same; here they took {here:.2f} s, with its cache {there:.2f} s")
 
 
@@ -210,12 +210,12 @@ def main(arguments: list[str] | None = None) -> float:
     train(learnt, w, args.n_head, args.steps, generator)
     w = {name: p.detach() for name, p in w.items()}
     loss = held_out_loss(held_out, w, args.n_head)
-    print(
-        "\nit writes:\n" + "".join(letters[i] for i in write(held_out[None, :T], 400, w, args.n_head, generator)[0, T:])
-    )
+    print(f"held-out loss: {loss:.4f}")
+    written = write(held_out[None, :T], 400, w, args.n_head, generator)[0, T:]
+    print("\nit writes:\n" + "".join(letters[i] for i in written) + "\n")
     model = in_model_py(w, len(letters), args.n_embd, args.n_layer, args.n_head)
     compare(held_out[: 4 * T].view(4, T), w, model, args.n_head)
-    print(f"\n{ADDS}\n\nheld-out loss: {loss:.4f}")
+    print(f"\n{ADDS}")
     return loss
 
 

@@ -71,6 +71,21 @@ def test_padding_of_the_source_and_later_tokens_of_the_target_change_nothing():
     torch.testing.assert_close(model(source, other)[:, :2], logits[:, :2])
 
 
+def test_a_token_enters_as_its_vector_times_the_root_of_d_model_plus_its_position():
+    model, ids = lesson.Transformer(5000, 64, 1, 4, 8, 0.0), torch.tensor([[3, 4, 3], [7, 7, 7]])
+    expected = F.embedding(ids, 8 * model.embedding.weight) + sinusoidal_table(3, 64)
+    torch.testing.assert_close(model.embed(ids), expected, rtol=1e-4, atol=1e-5)
+    assert model.embedding.weight.std().item() == pytest.approx(1 / 8, rel=0.01)
+
+
+def test_dropout_works_while_it_learns_and_only_then():
+    model = make(P_drop=0.5)
+    source, target = torch.tensor([[3, 4, 5]]), torch.tensor([[1, 6, 7]])
+    torch.testing.assert_close(model(source, target), make()(source, target))
+    model.train()
+    assert not torch.allclose(model(source, target), model(source, target), atol=1e-2)
+
+
 def test_positions_are_those_of_the_paper():
     torch.testing.assert_close(lesson.positions(50, 16), sinusoidal_table(50, 16), rtol=1e-4, atol=1e-5)
 
@@ -90,6 +105,32 @@ def test_the_rate_rises_to_its_peak_at_warmup_and_falls_as_a_root():
     assert rates == pytest.approx([512**-0.5 * 4000**-1.5, (512 * 4000) ** -0.5, (512 * 16000) ** -0.5])
     scheduler_rates = [lesson.noam_rate(step, 64, 10) for step in range(1, 40)]
     assert max(scheduler_rates) == scheduler_rates[9]
+
+
+def test_training_is_adam_on_the_smoothed_loss_at_the_rates_of_the_schedule():
+    draw = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, 20, (30, 2, 4), generator=draw)
+    pairs = [(torch.tensor([*s, lesson.END]), torch.tensor([lesson.START, *t[:n], lesson.END]))
+             for n, (s, t) in zip([1, 2, 3] * 10, ids.tolist(), strict=True)]  # fmt: skip
+    ours, theirs = make().double(), make().double()  # in float32, W_k.bias, whose gradient is 0, would follow rounding
+    torch.manual_seed(3)
+    lesson.train(ours, pairs, batch_size=4, steps=6, warmup=3, smoothing=0.1)
+    torch.manual_seed(3)
+    optimizer = torch.optim.Adam(theirs.parameters(), lr=1.0, betas=(0.9, 0.98), eps=1e-9)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: lesson.noam_rate(i + 1, 16, 3))
+    for _ in range(6):
+        batch = [pairs[i] for i in torch.randint(30, (4,))]
+        source = torch.stack([s for s, _ in batch])
+        longest = max(len(t) for _, t in batch)
+        target = torch.stack([F.pad(t, (0, longest - len(t)), value=lesson.PAD) for _, t in batch])
+        logits = theirs(source, target[:, :-1]).flatten(0, 1)
+        loss = F.cross_entropy(logits, target[:, 1:].flatten(), ignore_index=lesson.PAD, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rate.step()
+    for p, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, expected, rtol=1e-6, atol=1e-8)
 
 
 def by_brute_force(model, source: list[int], longest: int, alpha: float) -> list[int]:

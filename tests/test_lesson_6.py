@@ -70,6 +70,45 @@ def test_training_is_torchs_adam():
         torch.testing.assert_close(p, theirs[name].data, rtol=1e-4, atol=1e-6)
 
 
+def test_it_begins_as_model_py_does():
+    w = lesson.new_weights(500, 64, 8, torch.Generator().manual_seed(0))
+    theirs = dict(lesson.in_model_py(w, 500, 64, 8, 4).named_parameters())
+    assert {name: p.shape for name, p in w.items()} == {name: p.shape for name, p in theirs.items()}
+    fresh = type(lesson.in_model_py(w, 500, 64, 8, 4))  # model.GPT, which draws its own
+    expected = fresh(lesson.in_model_py(w, 500, 64, 8, 4).config).named_parameters()
+    for name, p in expected:
+        assert w[name].mean().item() == pytest.approx(p.mean().item(), abs=2e-3), name
+        assert w[name].std().item() == pytest.approx(p.std().item(), rel=0.05), name
+
+
+def test_it_writes_what_model_py_writes_also_past_the_window():
+    w, idx = weights(), torch.randint(30, (2, 5), generator=torch.Generator().manual_seed(1))
+    model, n = lesson.in_model_py(w, 30, 16, 2, 4), lesson.T + 10
+    expected = idx
+    for _ in range(n):
+        likeliest = model(expected[:, -lesson.T :])[0][:, -1].argmax(dim=-1, keepdim=True)
+        expected = torch.cat((expected, likeliest), dim=1)
+    assert lesson.write(idx, n, w, 4).equal(expected)
+
+
+def test_it_draws_each_character_as_often_as_the_model_expects():
+    w, idx = weights(V=5), torch.tensor([[1, 2, 3]]).expand(20_000, -1)
+    drawn = lesson.write(idx, 1, w, 4, torch.Generator().manual_seed(0))[:, -1]
+    expected = lesson.gpt(idx[:1], w, 4)[0, -1].softmax(dim=-1)
+    torch.testing.assert_close(drawn.bincount(minlength=5) / 20_000, expected, rtol=0, atol=0.02)
+
+
+def test_the_held_out_loss_is_the_mean_over_windows_from_end_to_end():
+    w, text = weights(), torch.randint(30, (700,), generator=torch.Generator().manual_seed(1))
+    starts = torch.linspace(0, len(text) - lesson.T - 1, 500).long()
+    assert starts[-1] + lesson.T == len(text) - 1
+    losses = []
+    for start in starts.tolist():
+        logits = lesson.gpt(text[None, start : start + lesson.T], w, 4)[0]
+        losses.append(F.cross_entropy(logits, text[start + 1 : start + lesson.T + 1]).item())
+    assert lesson.held_out_loss(text, w, 4) == pytest.approx(sum(losses) / 500, abs=1e-5)
+
+
 def test_a_short_run_learns_and_prints_what_the_page_says(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("the keys and the values of the queries, then the keys again.\n" * 60)
     options = ["--steps=60", "--n_embd=32", "--n_layer=1", "--n_head=2", f"--text={tmp_path / 'text.txt'}"]
