@@ -13,7 +13,14 @@ takes away a limit of the rung before it:
     transformer  attention, then an MLP for each letter, and that again, each time on normalised input (lesson 5)
 
 The same as in lesson 2: forward, backward, step. New: torch finds the gradients, the data are words, and the figure
-is the loss on words that no model was trained on.
+is the loss on words that no model was trained on. On one core of a server CPU (AMD EPYC):
+
+                                                  counted  mlp   batchnorm  gru   attention  transformer
+    python lessons/3_makemore.py           3.2 min   2.59  2.08       2.09  1.95       2.26         2.01
+    ... --words=names.txt, makemore's      2.9 min   2.45  2.12       2.13  2.01       2.13         2.00 (2.0044)
+
+Attention alone sees every letter and yet loses to an MLP that sees three: without an MLP it cannot combine what it
+saw. The GRU is as good as the Transformer: words are short, and a state holds them.
 """
 
 import argparse
@@ -216,14 +223,10 @@ def make_words(name: str, p: Parameters, letters: str, longest: int, n: int = 8)
 
 
 def main(argv: list[str] | None = None) -> float:
-    parser = argparse.ArgumentParser(
-        description="Seven models that make more words; the same list, one table of losses."
-    )
+    parser = argparse.ArgumentParser(description="Seven models that make more words, and one table of their losses.")
     parser.add_argument("--words", metavar="FILE", help="one word a line (default: words of Python's own sources)")
     parser.add_argument("--models", default=",".join(MODELS), help="which, in which order (default: %(default)s)")
-    parser.add_argument(
-        "--steps", type=int, default=2000, help="of training, twice that for the transformer (default: %(default)s)"
-    )
+    parser.add_argument("--steps", type=int, default=2000, help="transformer: twice that (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--picture", metavar="FILE", help="draw the loss at each place of the word")
     args = parser.parse_args(argv)
