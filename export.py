@@ -32,11 +32,11 @@ class Export:
 SETTINGS = parse_command_line(Export, __doc__) if __name__ == "__main__" else None
 limit_spinning()
 
-from kqv.build import load_run, load_trained, restore_model
+from kqv.build import describe_run, from_run, last_val_loss, load_run, restore_model
 from kqv.data import padded_vocab_size
 from kqv.gguf_file import write_gguf
 from kqv.hub import FAMILIES, layer_names, read_config, to_pretrained
-from kqv.hub_files import find_pretrained, read_json, write_folder
+from kqv.hub_files import find_pretrained, new_folder, read_json, write_files
 from kqv.hub_tokenizer import tokenizer_files
 from kqv.lora import peft_adapter
 from model import GPT, GPTConfig
@@ -53,12 +53,11 @@ def without_padding(model: GPT, vocab_size: int) -> tuple[GPTConfig, dict[str, A
     return config, weights
 
 
-def model_card(folder: str, architecture: str, saved: dict[str, Any], n_parameters: int) -> str:
+def model_card(folder: str, architecture: str, saved: dict[str, Any], n_parameters: int, commit: str | None) -> str:
     """README.md of the folder: what the model is, how it was trained, and how it is loaded."""
     settings = saved["config"]
-    data, loss = settings.get("dataset", "unknown"), saved.get("val_loss", saved["best_val_loss"])
     table = "\n".join(f"| {key} | {value} |" for key, value in sorted({**settings, **saved["model_args"]}.items()))
-    commit = f" Trained at commit {saved['commit']}." if saved.get("commit") else ""
+    trained_at = f" Trained at commit {commit}." if commit else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -67,7 +66,7 @@ pipeline_tag: text-generation
 # {folder}
 
 A GPT of {n_parameters / 1e6:.2f}M parameters, trained with kqv for {saved["iter_num"]} iterations on the data set
-"{data}". Its validation loss is {float(loss):.4f} nats per token.{commit}
+"{settings.get("dataset", "unknown")}". Its validation loss is {last_val_loss(saved):.4f} nats per token.{trained_at}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -92,47 +91,53 @@ def commit_of(out_dir: str) -> str | None:
     return read_json(path).get("environment", {}).get("commit") if path.is_file() else None
 
 
-def export_adapter(out_dir: str, folder: Path) -> None:
+def export_adapter(saved: dict[str, Any], path: Path, folder: Path) -> None:
     """Write a run's adapters as a folder for peft. Raises UserError if it has none."""
-    saved, path = load_run(out_dir)
     if "lora" not in saved:
         raise UserError(f"{path} has no adapters: it is a whole model, which is exported without --adapter")
     model = restore_model(saved, path, GPT, GPTConfig, dropout=0.0)
     base = find_pretrained(model.lora["base"]["name"])
     family = FAMILIES[read_config(base)["model_type"]]
     adapter = peft_adapter(model, layer_names(family, model.config), family.transposed)
-    config, weights = json.dumps(adapter["config"], indent=2), {"adapter_model.safetensors": adapter["weights"]}
-    write_folder(folder, {"adapter_config.json": config}, weights)
+    with new_folder(folder) as new:
+        config = json.dumps(adapter["config"], indent=2)
+        write_files(new, {"adapter_config.json": config}, "adapter_model.safetensors", adapter["weights"])
     n_parameters = sum(tensor.numel() for tensor in adapter["weights"].values())
     print(f"{folder}: adapters of rank {model.lora['rank']}, {n_parameters:,} parameters, to {base}")
 
 
-def main(cfg: Export, origin: dict[str, str]) -> None:
-    out_dir, folder = cfg.words[0], Path(cfg.words[1])
-    if cfg.adapter:
-        return export_adapter(out_dir, folder)
-    model, tokenizer, description = load_trained("resume", out_dir, cfg.data_dir, GPT, GPTConfig)
-    print(description, file=sys.stderr)
-    saved = load_run(out_dir)[0]
-    saved["commit"] = commit_of(out_dir)
+def export_model(saved: dict[str, Any], path: Path, folder: Path, cfg: Export) -> None:
+    """Write a run's model, with its adapters added if it has some, its tokenizer and a model card."""
+    model, tokenizer = from_run(saved, path, cfg.data_dir, GPT, GPTConfig)
+    print(describe_run(saved, path), file=sys.stderr)
     config, weights = without_padding(model, tokenizer.vocab_size)
     theirs, their_weights = to_pretrained(config, weights)
     files, special = tokenizer_files(tokenizer, config.block_size)
     # generation stops at an end of text, if the tokenizer has one, and at the end of the context
     generation = {"max_length": config.block_size, "do_sample": True} | special
-    n_parameters = sum(tensor.numel() for tensor in their_weights.values())
+    architecture, n_parameters = theirs["architectures"][0], sum(tensor.numel() for tensor in their_weights.values())
     files |= {
         "config.json": json.dumps(theirs | special, indent=2),
         "generation_config.json": json.dumps(generation, indent=2),
-        "README.md": model_card(folder.name, theirs["architectures"][0], saved, n_parameters),
+        "README.md": model_card(folder.name, architecture, saved, n_parameters, commit_of(cfg.words[0])),
     }
-    write_folder(folder, files, {"model.safetensors": their_weights})
-    if cfg.gguf:
-        write_gguf(folder / "model.gguf", theirs, their_weights, files["tokenizer.json"], special)
-        if config.mlp == "gelu":
-            print("note: llama.cpp computes GELU by its tanh approximation: logits differ slightly", file=sys.stderr)
+    with new_folder(folder) as new:
+        write_files(new, files, "model.safetensors", their_weights)
+        if cfg.gguf:
+            write_gguf(new / "model.gguf", theirs, their_weights, files["tokenizer.json"], special)
+    if cfg.gguf and config.mlp == "gelu":
+        print("note: llama.cpp computes GELU by its tanh approximation: logits differ slightly", file=sys.stderr)
     size = f"{n_parameters / 1e6:.2f}M parameters, vocabulary of {config.vocab_size:,}"
-    print(f"{folder}: {theirs['architectures'][0]}, {size}")
+    print(f"{folder}: {architecture}, {size}")
+
+
+def main(cfg: Export, origin: dict[str, str]) -> None:
+    saved, path = load_run(cfg.words[0])
+    folder = Path(cfg.words[1])
+    if cfg.adapter:
+        export_adapter(saved, path, folder)
+    else:
+        export_model(saved, path, folder, cfg)
 
 
 if __name__ == "__main__":

@@ -83,15 +83,18 @@ def adapted_model(saved: dict[str, Any], path: Path, model_class: type, dropout:
     """The model of a checkpoint that holds adapters: the one under them, read where it was, and the adapters."""
     match saved["lora"]:
         case {"base": {"name": str(name), "sha256": str(sha256)}, "rank": int(rank), "alpha": float(alpha)}:
-            try:
-                folder = find_pretrained(name)
-                model = model_class.from_pretrained(name, dropout=dropout)
-            except UserError as error:
-                raise UserError(f"{path} holds adapters, and the model under them cannot be had: {error}") from None
-            if fingerprint(folder) != sha256:
-                raise UserError(f"{path} holds adapters to other weights than those that are now in {name}")
-            crop_block_size(model, saved["model_args"]["block_size"])
-            add_lora(model, saved["lora"]["base"], rank, alpha, saved["lora"]["targets"])
+            pass
+        case other:
+            raise ValueError(f"lora={other!r}")
+    try:
+        folder = find_pretrained(name)
+        model = model_class.from_pretrained(name, dropout=dropout)
+    except UserError as error:
+        raise UserError(f"{path} holds adapters, and the model under them cannot be had: {error}") from None
+    if fingerprint(folder) != sha256:
+        raise UserError(f"{path} holds adapters to other weights than those that are now in {name}")
+    crop_block_size(model, saved["model_args"]["block_size"])
+    add_lora(model, saved["lora"]["base"], rank, alpha, saved["lora"]["targets"])
     wanted = weights_to_save(model)["model"]
     if {key: t.shape for key, t in wanted.items()} != {key: t.shape for key, t in saved["model"].items()}:
         raise ValueError("its adapters are not those of its settings")
@@ -119,6 +122,30 @@ def load_trained(
             raise UserError(f"{init_from}: {error}") from None
         return model, tokenizer, f"{init_from}: weights from Hugging Face"
     saved, path = load_run(out_dir)
+    model, tokenizer = from_run(saved, path, data_dir, model_class, config_class)
+    return model, tokenizer, describe_run(saved, path)
+
+
+def load_run(out_dir: str) -> tuple[dict[str, Any], Path]:
+    """The checkpoint best.pt, or else ckpt.pt, of a folder, or the file that out_dir names; and its path."""
+    path = Path(out_dir)
+    if not path.is_file():
+        path = path / (BEST if (path / BEST).is_file() else LAST)
+    return load(path, mmap=True), path  # the optimizer's part stays on the disk
+
+
+def last_val_loss(saved: dict[str, Any]) -> float:
+    return saved.get("val_loss", saved["best_val_loss"])
+
+
+def describe_run(saved: dict[str, Any], path: Path) -> str:
+    return f"{path}: iteration {saved['iter_num']}, val loss {last_val_loss(saved):.4f}"
+
+
+def from_run(
+    saved: dict[str, Any], path: Path, data_dir: str, model_class: type, config_class: type
+) -> tuple[Any, Tokenizer]:
+    """The model of a checkpoint, plain if it has adapters, in evaluation mode, and its tokenizer. Raises UserError."""
     model = restore_model(saved, path, model_class, config_class, dropout=0.0).eval()
     if is_adapted(model):
         model = build_model(model_class, model.config, merged_weights(model)).eval()
@@ -129,16 +156,7 @@ def load_trained(
     if tokenizer.vocab_size > model.config.vocab_size:
         sizes = f"its tokenizer has {tokenizer.vocab_size} ids, its model only {model.config.vocab_size}"
         raise UserError(f"{path}: {sizes}")
-    val_loss = saved.get("val_loss", saved["best_val_loss"])
-    return model, tokenizer, f"{path}: iteration {saved['iter_num']}, val loss {val_loss:.4f}"
-
-
-def load_run(out_dir: str) -> tuple[dict[str, Any], Path]:
-    """The checkpoint best.pt, or else ckpt.pt, of a folder, or the file that out_dir names; and its path."""
-    path = Path(out_dir)
-    if not path.is_file():
-        path = path / (BEST if (path / BEST).is_file() else LAST)
-    return load(path, mmap=True), path  # the optimizer's part stays on the disk
+    return model, tokenizer
 
 
 def describe_tokenizer(saved: dict[str, Any], data_dir: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Prompts with responses, and conversations -> token ids, of which only the responses are learned."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,32 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from kqv.documents import open_text
+from kqv.documents import json_lines
 from kqv.errors import UserError
 from kqv.meta import mask_bit
+from kqv.splits import split_of
 from kqv.tokenizer import JsonTokenizer, Tokenizer, utf8
 from kqv.writer import Encoded
 
 Segment = tuple[str, bool]  # a piece of text, and whether it is learned
-
-
-def read_rows(paths: list[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of JSON-lines files, and where it is. Raises UserError if one is not what segments() reads."""
-    for path in paths:
-        with open_text(path) as file:
-            for number, line in enumerate(file, 1):
-                where = f"{path}, line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{where}: {error}") from None
-                if not is_exchange(row) and not is_conversation(row):
-                    raise UserError(
-                        f'{where}: neither "prompt" and "response" nor "messages" with "role" and "content"'
-                    )
-                yield where, row
+ROLES = (("user", "prompt"), ("assistant", "response"))
 
 
 def is_exchange(row: Any) -> bool:
@@ -51,50 +35,45 @@ def is_conversation(row: Any) -> bool:
     )
 
 
-class Template:
-    """A tokenizer's chat template: messages -> text, as transformers writes it."""
+def find_template(tokenizer: Tokenizer) -> Any:
+    """transformers' tokenizer, which writes messages with this one's chat template; None if it has none."""
+    if not isinstance(tokenizer, JsonTokenizer) or not tokenizer.config.get("chat_template"):
+        return None
+    from transformers import PreTrainedTokenizerFast
 
-    def __init__(self, tokenizer: Tokenizer):
-        from transformers import PreTrainedTokenizerFast
-
-        template = tokenizer.config.get("chat_template") if isinstance(tokenizer, JsonTokenizer) else None
-        self.tokenizer = None
-        if template:
-            self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.bpe, **tokenizer.config)
-
-    def render(self, messages: list[dict[str, str]], to_answer: bool) -> str:
-        """The text of messages; `to_answer`: up to where the assistant's answer begins."""
-        from jinja2 import TemplateError
-
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_answer)
-        except TemplateError as error:
-            raise UserError(f"the tokenizer's chat template refuses these messages: {error}") from None
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer.bpe, **tokenizer.config)
 
 
-def segments(row: dict[str, Any], template: Template) -> list[Segment]:
+def render(template: Any, messages: list[dict[str, str]], to_answer: bool) -> str:
+    """The text of messages; `to_answer`: up to where the assistant's answer begins."""
+    from jinja2 import TemplateError
+
+    try:
+        return template.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_answer)
+    except TemplateError as error:
+        raise UserError(f"the tokenizer's chat template refuses these messages: {error}") from None
+
+
+def segments(row: dict[str, Any], template: Any) -> list[Segment]:
     """A row's text in pieces: the assistant's are learned, with what ends them; all else is read only.
 
     Without a chat template a prompt and its response stand side by side, as they are.
     """
     if is_exchange(row):
-        if template.tokenizer is None:
+        if template is None:
             return [(row["prompt"], False), (row["response"], True)]
         row = {"messages": [{"role": role, "content": row[key]} for role, key in ROLES]}
-    if template.tokenizer is None:
+    if template is None:
         raise UserError('"messages" need a tokenizer with a chat template: --tokenizer=FOLDER of a chat model')
     found, text, messages = [], "", row["messages"]
     for n, message in enumerate(messages):
         if message["role"] == "assistant":
-            asked, answered = template.render(messages[:n], True), template.render(messages[: n + 1], False)
+            asked, answered = render(template, messages[:n], True), render(template, messages[: n + 1], False)
             if not asked.startswith(text) or not answered.startswith(asked):
                 raise UserError("the tokenizer's chat template rewrites earlier messages, so responses cannot be told")
             found += [(asked[len(text) :], False), (answered[len(asked) :], True)]
             text = answered
     return found
-
-
-ROLES = (("user", "prompt"), ("assistant", "response"))
 
 
 def encode_segments(parts: list[Segment], tokenizer: Tokenizer, dtype: np.dtype) -> np.ndarray:
@@ -112,9 +91,14 @@ def encode_segments(parts: list[Segment], tokenizer: Tokenizer, dtype: np.dtype)
 
 
 def encode_rows(paths: list[Path], tokenizer: Tokenizer, dtype: np.dtype, val_fraction: float) -> Iterator[Encoded]:
-    """The ids of each row, in the split that a hash of the row chooses; the first is val, so that val is not empty."""
-    template, first = Template(tokenizer), None
-    for where, row in read_rows(paths):
+    """The ids of each row of JSON-lines files, in the split that a hash of the row chooses; the first row is val.
+
+    Raises UserError if a row is neither an exchange nor a conversation.
+    """
+    template, first = find_template(tokenizer), None
+    for where, row in itertools.chain.from_iterable(map(json_lines, paths)):
+        if not is_exchange(row) and not is_conversation(row):
+            raise UserError(f'{where}: neither "prompt" and "response" nor "messages" with "role" and "content"')
         try:
             parts = segments(row, template)
             ids = encode_segments(parts, tokenizer, dtype)
@@ -122,5 +106,4 @@ def encode_rows(paths: list[Path], tokenizer: Tokenizer, dtype: np.dtype, val_fr
             raise UserError(f"{where}: {error}") from None
         digest = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).digest()
         first = first or digest
-        is_val = digest == first or int.from_bytes(digest[:8], "big") / 2**64 < val_fraction
-        yield {"val" if is_val else "train": (ids, sum(len(utf8(text)) for text, _ in parts))}
+        yield {split_of(digest, first, val_fraction): (ids, sum(len(utf8(text)) for text, _ in parts))}

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 from kqv.errors import UserError
 from kqv.settings import at_least
@@ -114,19 +114,29 @@ def read_documents(files: list[Path], field: str) -> Iterator[Document]:
             yield TextFile(path)
 
 
-def json_rows(path: Path, field: str) -> Iterator[str]:
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each line of a file of JSON lines is, and its value; blank lines are skipped. Raises UserError."""
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            where = f"{path}, line {number}"
             try:
-                row = json.loads(line)
-                if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                    raise UserError(f"no text in the field {field!r}")
-                utf8(row[field])
-            except (ValueError, UserError) as error:
-                raise UserError(f"{path}, line {number}: {error}") from None
-            yield row[field]
+                value = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{where}: {error}") from None
+            yield where, value
+
+
+def json_rows(path: Path, field: str) -> Iterator[str]:
+    for where, row in json_lines(path):
+        if not isinstance(row, dict) or not isinstance(row.get(field), str):
+            raise UserError(f"{where}: no text in the field {field!r}")
+        try:
+            utf8(row[field])
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        yield row[field]
 
 
 def parquet_rows(path: Path, field: str) -> Iterator[str]:

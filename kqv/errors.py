@@ -8,22 +8,9 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 # packages that are imported when they are used; pip installs each under the name that is imported
-OPTIONAL_PACKAGES = {
-    "datasets",
-    "accelerate",
-    "datasketch",
-    "gguf",
-    "huggingface_hub",
-    "jinja2",
-    "matplotlib",
-    "numpy",
-    "pyarrow",
-    "requests",
-    "rich",
-    "safetensors",
-    "tokenizers",
-}
-OPTIONAL_PACKAGES |= {"tiktoken", "torch", "transformers", "typer", "wandb"}
+OPTIONAL_PACKAGES = {"accelerate", "datasets", "datasketch", "gguf", "huggingface_hub", "jinja2", "matplotlib", "numpy"}
+OPTIONAL_PACKAGES |= {"pyarrow", "requests", "rich", "safetensors", "tiktoken", "tokenizers", "torch", "transformers"}
+OPTIONAL_PACKAGES |= {"typer", "wandb"}
 
 
 class UserError(Exception):

@@ -51,7 +51,8 @@ def write_gguf(
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     add_tokenizer(writer, tokenizer, special)
 
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind.upper()), 1 + max(map(layer_of, weights)))
+    n_layer = config["n_layer"] if kind == "gpt2" else config["num_hidden_layers"]
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind.upper()), n_layer)
     if "lm_head.weight" not in weights and kind == "gpt2":  # tied
         weights = weights | {"lm_head.weight": weights["transformer.wte.weight"]}
     for name, weight in weights.items():
@@ -64,10 +65,6 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def layer_of(name: str) -> int:
-    return max((int(part) for part in name.split(".") if part.isdigit()), default=0)
 
 
 def as_pairs(weight: Tensor, head_dim: int) -> Tensor:

@@ -16,11 +16,7 @@ from kqv.errors import UserError
 from kqv.hub_files import GPT2_SIZES, find_pretrained, read_json, read_weights
 from kqv.tokenizer import GPT2_VOCAB_SIZE
 
-FREE = (
-    "dropout",
-    "attention",
-    "rope_theta",
-)  # settings that may differ: they are not in the weights' meaning, or named
+FREE = ("dropout", "attention", "rope_theta")  # need not be equal: a family without rope says nothing about its base
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}  # theirs: ours
 
 

@@ -7,17 +7,19 @@ no code in a folder is run.
 import hashlib
 import json
 import pickle
-import re
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from kqv.errors import UserError
+from kqv.settings import HUB_NAME
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # n_layer, n_head, n_embd of the GPT-2s on the hub
 GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280)}
@@ -46,7 +48,7 @@ def download(name: str, patterns: list[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repository = f"openai-community/{name}" if name in GPT2_SIZES else name
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+    if not HUB_NAME.fullmatch(repository):
         raise UserError(f"{name}: no such folder")
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
@@ -60,6 +62,7 @@ def download(name: str, patterns: list[str]) -> Path:
 @lru_cache
 def unpack_gguf(path: Path) -> tempfile.TemporaryDirectory:
     """A folder with the model and tokenizer of a GGUF file, in float32; it is deleted when Python ends."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tempfile.TemporaryDirectory(prefix="gguf-")
@@ -104,8 +107,10 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> "dict[str, Tensor]":
     """A folder's weights by their names there. Raises UserError if they are damaged or would run code."""
+    import torch  # not above, because prepare/ reads tokenizers and needs no torch
+
     found = {}
     if paths := weight_files(folder):
         from safetensors import SafetensorError
@@ -140,21 +145,26 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def write_folder(folder: Path, texts: dict[str, str], tensors: dict[str, dict[str, Tensor]]) -> None:
-    """Write text files and safetensors files by their names. The folder appears when all of it is written.
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder, which becomes `folder` at the end, if nothing was raised.
 
     Raises UserError if the folder is there already.
     """
-    from safetensors.torch import save_file
-
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty: give another folder, or delete this one")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}-unfinished-", dir=folder.parent) as unfinished:
         whole = Path(unfinished) / "whole"
         whole.mkdir()
-        for name, text in texts.items():
-            (whole / name).write_text(text, encoding="utf-8")
-        for name, weights in tensors.items():
-            save_file(weights, whole / name, metadata={"format": "pt"})
+        yield whole
         whole.replace(folder)
+
+
+def write_files(folder: Path, texts: dict[str, str], name: str, weights: "dict[str, Tensor]") -> None:
+    """Write text files by their names, and weights as the safetensors file `name`."""
+    from safetensors.torch import save_file
+
+    for file, text in texts.items():
+        (folder / file).write_text(text, encoding="utf-8")
+    save_file(weights, folder / name, metadata={"format": "pt"})

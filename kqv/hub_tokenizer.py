@@ -50,8 +50,6 @@ def pretrained_description(name: str) -> dict[str, Any]:
     if chars := character_vocabulary(text):
         return CharTokenizer(*chars).describe()
     kept = {key: special_token(config, key) for key in (*SPECIAL, "chat_template")}
-    if chars := character_vocabulary(text):
-        return CharTokenizer(*chars).describe()
     kept = {key: value for key, value in kept.items() if value is not None}
     return {"kind": "json", "text": text} | ({"config": kept} if kept else {})
 

@@ -47,13 +47,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             if training:  # d loss / d logits is p / total, the softmax, less 1 for the target
                 p = chunk.copy_(p.scatter_add_(1, y, -total).mul_(counts / total))
                 grad_x[start : start + rows] = p @ head  # (n, C)
-                if not learn_head:
-                    pass
-                elif grad_weight is None:
+                if learn_head and grad_weight is None:
                     grad_weight = (p.t() @ part).to(weight.dtype)  # (V, n) @ (n, C)
-                elif dtype == weight.dtype:
+                elif learn_head and dtype == weight.dtype:
                     grad_weight.addmm_(p.t(), part)
-                else:
+                elif learn_head:
                     grad_weight += p.t() @ part
             del p  # before the next chunk allocates its own
         n = (targets != -1).sum().clamp(min=1)  # a batch can be all prompt
@@ -94,8 +92,8 @@ class TiedEmbedding(torch.autograd.Function):
 class Documents:
     """Several documents in a sequence, in the place of model.py's KVCache: none sees another, each has its positions.
 
-    idx (B, T); a document begins with the id end_of_text, as a prompt of that id alone does. (A document of no earlier
-    part of the sequence begins at 0.)
+    idx (B, T); a document begins with the id end_of_text, as a prompt of that id alone does. What comes before the
+    first such id is a document too, the rest of one.
     """
 
     length = 0  # no tokens are cached

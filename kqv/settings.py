@@ -203,10 +203,13 @@ class SampleConfig(Machine, Sampling):
             raise UserError(f"repetition_penalty={self.repetition_penalty}: must be from 0.01 to 100")
 
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # OWNER/NAME
+
+
 def check_init_from(init_from: str, *ours: str) -> None:
     known = (*ours, "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-    path, hub_id = Path(init_from), re.fullmatch(r"[\w.-]+/[\w.-]+", init_from)
-    if init_from not in known and not (path.is_dir() or hub_id or (path.suffix == ".gguf" and path.is_file())):
+    path, is_name = Path(init_from), HUB_NAME.fullmatch(init_from)
+    if init_from not in known and not (path.is_dir() or is_name or (path.suffix == ".gguf" and path.is_file())):
         more = "a Hugging Face folder | OWNER/NAME on the hub | a .gguf file"
         raise UserError(f"init_from={init_from!r}: expected {' | '.join(known)} | {more}")
 

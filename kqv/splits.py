@@ -47,8 +47,13 @@ def choose_by_content(documents: Iterable[Document], val_fraction: float) -> Ite
         for piece in document:
             digest.update(utf8(piece))
         first = first or digest.digest()
-        share = int.from_bytes(digest.digest()[:8], "big") / 2**64
-        yield "val" if share < val_fraction or digest.digest() == first else "train", document
+        yield split_of(digest.digest(), first, val_fraction), document
+
+
+def split_of(digest: bytes, first: bytes, val_fraction: float) -> str:
+    """The split that a hash chooses. What is equal to the first is val."""
+    share = int.from_bytes(digest[:8], "big") / 2**64
+    return "val" if share < val_fraction or digest == first else "train"
 
 
 # -- how much of val is also in train ----------------------------------------------------------------------------------

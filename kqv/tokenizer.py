@@ -8,6 +8,7 @@ import json
 import re
 import threading
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -139,8 +140,8 @@ class JsonTokenizer(Tokenizer):
         self.text, self.config = text, config or {}
         try:
             self.bpe = tokenizers.Tokenizer.from_str(text)
-            self.of_prompt = tokenizers.Tokenizer.from_str(text)
-            decoder, words = json.loads(text)["decoder"], json.loads(text).get("pre_tokenizer") or {}
+            described = json.loads(text)
+            decoder, words = described["decoder"], described.get("pre_tokenizer") or {}
             kinds = {part["type"] for part in decoder.get("decoders", [decoder])}
         except Exception as error:  # the library raises Exception itself
             raise UserError(f"not a tokenizer.json ({' '.join(str(error).split())[:100]})") from None
@@ -166,6 +167,13 @@ class JsonTokenizer(Tokenizer):
     def encode_array(self, text: str) -> np.ndarray:
         utf8(text)  # raises UserError for half a surrogate pair
         return np.array(self.bpe.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    @cached_property
+    def of_prompt(self) -> Any:
+        """The same tokenizer, for which special tokens in a text are special."""
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_str(self.text)
 
     def encode_prompt(self, text: str) -> list[int]:
         utf8(text)

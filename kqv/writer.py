@@ -43,6 +43,11 @@ ANYWHERE = re.compile(r".", re.DOTALL)
 NOWHERE = re.compile(r"(?!)")
 
 
+def name_of(path: str) -> str:
+    """The name of a data set made of this file or folder."""
+    return Path(path).resolve().name.split(".")[0]
+
+
 def dataset_folder(name: str, data_dir: str, origin: dict[str, str]) -> Path:
     """DATA_DIR/NAME. The default DATA_DIR is in the checkout, any other is relative to the working directory.
 

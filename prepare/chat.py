@@ -13,9 +13,10 @@ from kqv import cli
 from kqv.chat import encode_rows
 from kqv.documents import find_files
 from kqv.errors import UserError
+from kqv.hub_tokenizer import find_tokenizer
 from kqv.meta import MASKED
 from kqv.suggest import print_next
-from kqv.writer import dataset_folder, write_encoded
+from kqv.writer import dataset_folder, name_of, write_encoded
 
 
 @dataclass(kw_only=True)
@@ -36,13 +37,11 @@ def main(cfg: Chat, origin: dict[str, str]) -> None:
 
     python prepare/chat.py --input=answers.jsonl --tokenizer=HuggingFaceTB/SmolLM2-135M-Instruct
     """
-    from kqv.hub_tokenizer import find_tokenizer  # imports torch, for which --help need not wait
-
     if not cfg.input or "" in cfg.input:
         raise UserError("which rows? --input=FILE.jsonl")
     if not 0 < cfg.val_fraction < 1:
         raise UserError(f"val_fraction={cfg.val_fraction}: must be above 0 and below 1")
-    name = cfg.name or Path(cfg.input[0]).resolve().name.split(".")[0]
+    name = cfg.name or name_of(cfg.input[0])
     files, tokenizer = find_files(cfg.input), find_tokenizer(cfg.tokenizer)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**15 else "<u4")  # the highest bit is the mask's
     folder = dataset_folder(name, cfg.data_dir, origin)

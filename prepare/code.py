@@ -16,6 +16,7 @@ import numpy as np
 
 from kqv import cli
 from kqv.errors import UserError
+from kqv.hub_tokenizer import find_tokenizer
 from kqv.repositories import FIM, LeftOut, Source, choose_splits, find_repositories, read_sources, without_duplicates
 from kqv.settings import at_least
 from kqv.suggest import print_next, script_path
@@ -52,8 +53,6 @@ class Code:
 
 def make_tokenizer(kind: str, sources: list[Source]) -> Tokenizer:
     if kind != "char":
-        from kqv.hub_tokenizer import find_tokenizer  # imports torch, for which --help need not wait
-
         return find_tokenizer(kind)
     return CharTokenizer("".join(sorted(set().union(*(source.text for source in sources)))), end_of_text=True)
 

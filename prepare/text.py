@@ -12,9 +12,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # kqv, also if not insta
 from kqv import cli
 from kqv.documents import find_files, read_documents
 from kqv.errors import UserError
+from kqv.hub_tokenizer import find_tokenizer
 from kqv.suggest import print_next
 from kqv.tokenizer import CharTokenizer, Tokenizer
-from kqv.writer import dataset_folder, write_dataset
+from kqv.writer import dataset_folder, name_of, write_dataset
 
 
 @dataclass(kw_only=True)
@@ -33,8 +34,6 @@ class Text:
 def make_tokenizer(kind: str, files: list[Path], field: str) -> Tokenizer:
     """The tokenizer of that kind or place; "char" has the characters of the files. Raises UserError."""
     if kind != "char":
-        from kqv.hub_tokenizer import find_tokenizer  # imports torch, for which --help need not wait
-
         return find_tokenizer(kind)
     characters, count = set(), 0
     for count, document in enumerate(read_documents(files, field), 1):  # noqa: B007
@@ -52,7 +51,7 @@ def main(cfg: Text, origin: dict[str, str]) -> None:
     """
     if not cfg.input or "" in cfg.input:
         raise UserError("which text? --input=FILE, --input=FOLDER, or --input=- for standard input")
-    name = cfg.name or Path(cfg.input[0]).resolve().name.split(".")[0]
+    name = cfg.name or name_of(cfg.input[0])
     if cfg.name is None and (len(cfg.input) > 1 or cfg.input == ("-",)):
         raise UserError("the data set needs a name: --name=NAME")
     folder = dataset_folder(name, cfg.data_dir, origin)

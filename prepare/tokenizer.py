@@ -18,7 +18,7 @@ from kqv.repositories import FIM, find_repositories, read_sources, without_dupli
 from kqv.rundir import write_whole
 from kqv.suggest import script_path
 from kqv.tokenizer import END_OF_TEXT
-from kqv.writer import WORD_END, chunks, dataset_folder
+from kqv.writer import WORD_END, chunks, dataset_folder, name_of
 
 
 @dataclass(kw_only=True)
@@ -69,7 +69,7 @@ def main(cfg: OwnTokenizer, origin: dict[str, str]) -> None:
 
     python prepare/tokenizer.py --input=FOLDER --vocab_size=4096
     """
-    name = cfg.name or Path(cfg.input[0]).resolve().name.split(".")[0] + "-bpe"
+    name = cfg.name or name_of(cfg.input[0]) + "-bpe"
     folder = dataset_folder(name, cfg.data_dir, origin)
     if cfg.code:
         sources = read_sources(find_repositories(cfg.input, left_out := defaultdict(list)), (), left_out)

@@ -23,6 +23,18 @@ def float32_on_every_cpu():
         yield
 
 
+@pytest.fixture
+def seed_and_one_thread():
+    """As the lessons whose products are small run."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def gpt2_bpe(tmp_path_factory) -> Path:
     """A tiktoken cache with the real GPT-2 BPE files, for this process and the ones it starts: no download.

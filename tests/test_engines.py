@@ -14,8 +14,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.test_chat import TEMPLATE
-from tests.test_hub import save, tokenizer_json  # noqa: F401  a fixture
+from tests.test_chat import chat_folder  # noqa: F401  a fixture
+from tests.test_hub import tokenizer_json  # noqa: F401  a fixture
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
@@ -67,11 +67,7 @@ def test_a_served_model_writes_what_sample_writes(tmp_path, command, train, swit
 
 
 @pytest.mark.slow
-def test_a_finetuned_chat_model_is_served(tmp_path, command, train, tokenizer_json):  # noqa: F811
-    save(tmp_path / "chat", "Llama")
-    (tmp_path / "chat" / "tokenizer.json").write_text(tokenizer_json.read_text())
-    config = {"eos_token": "<|endoftext|>", "chat_template": TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}
-    (tmp_path / "chat" / "tokenizer_config.json").write_text(json.dumps(config))
+def test_a_finetuned_chat_model_is_served(tmp_path, command, train, chat_folder):  # noqa: F811
     rows = [{"prompt": f"what are the keys of {n}?", "response": "the keys are keys again"} for n in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert command("prepare/chat.py", "--input=rows.jsonl", "--tokenizer=chat", "--data_dir=data").code in (0, None)

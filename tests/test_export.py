@@ -323,6 +323,10 @@ def test_transformers_reads_the_gguf_file(tmp_path, command, train, switches, to
     idx = tokens(1, 20, vocab_size=257)
     with torch.no_grad():
         torch.testing.assert_close(read(idx).logits, plain(idx).logits, rtol=1e-4, atol=1e-4)
+    if "--n_kv_head=2" in switches and tokenizer == "bpe":
+        sample = ("--start=the keys", "--temperature=0", "--num_samples=1", "--max_new_tokens=9")
+        ours = command("sample.py", "--init_from=model.gguf", *sample)
+        assert ours.code in (0, None) and ours.out == command("sample.py", "--out_dir=out", *sample).out, ours.err
     if tokenizer == "bpe":  # transformers gives every GGUF file GPT-2's words
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
         text = "the keys 12\n  look<|endoftext|>"

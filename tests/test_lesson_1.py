@@ -1,22 +1,18 @@
 """lessons/1_network.py: its gradients against torch's, its data files, and the figure in its head."""
 
 import gzip
-import importlib.util
 import struct
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.lessons import load
 
 
 @pytest.fixture(scope="module")
 def lesson():
-    spec = importlib.util.spec_from_file_location("lesson_1", ROOT / "lessons" / "1_network.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("1_network")
 
 
 def network_and_batch(lesson, sizes: list[int], B: int = 7):

@@ -1,6 +1,5 @@
 """lessons/2_micrograd.py: its engine against torch's autograd, and the figures in its head."""
 
-import importlib.util
 import random
 import re
 
@@ -10,17 +9,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import ROOT
+from tests.lessons import load
 
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name.replace(".py", ""), ROOT / "lessons" / name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-lesson = load("2_micrograd.py")
+lesson = load("2_micrograd")
 Value = lesson.Value
 
 
@@ -126,7 +117,7 @@ def test_long_expressions_do_not_end_in_the_recursion_limit():
 
 
 def test_the_network_of_lesson_1_has_the_gradients_worked_out_there():
-    lesson_1 = load("1_network.py")
+    lesson_1 = load("1_network")
     rng = np.random.default_rng(0)
     weights, biases = lesson_1.new_network([4, 3, 2], rng)
     x, y = rng.random((5, 4)), np.eye(2)[[0, 1, 1, 0, 1]]

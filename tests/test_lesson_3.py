@@ -1,6 +1,5 @@
 """lessons/3_makemore.py against torch's own layers, and counting against gradient descent."""
 
-import importlib.util
 import math
 import subprocess
 import sys
@@ -11,6 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.lessons import load
+
+pytestmark = pytest.mark.usefixtures("seed_and_one_thread")
 FILE = Path(__file__).resolve().parent.parent / "lessons" / "3_makemore.py"
 NAMES = "emma olivia ava isabella sophia mia amelia evelyn ella scarlett grace lily aria zoe nora mila luna"
 WORDS = NAMES.split()
@@ -18,19 +20,7 @@ WORDS = NAMES.split()
 
 @pytest.fixture(scope="module")
 def lesson():
-    spec = importlib.util.spec_from_file_location("lesson_3", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def seed_and_one_thread():  # as the file itself does
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+    return load("3_makemore")
 
 
 @pytest.fixture

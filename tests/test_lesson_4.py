@@ -1,6 +1,5 @@
 """lessons/4_attention.py against torch's own attention."""
 
-import importlib.util
 import math
 import subprocess
 import sys
@@ -11,24 +10,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.lessons import load
+
+pytestmark = pytest.mark.usefixtures("seed_and_one_thread")
 FILE = Path(__file__).resolve().parent.parent / "lessons" / "4_attention.py"
 
 
 @pytest.fixture(scope="module")
 def lesson():
-    spec = importlib.util.spec_from_file_location("lesson_4", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def seed_and_one_thread():  # as the file itself does
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+    return load("4_attention")
 
 
 @pytest.mark.parametrize("size", [(7, 16), (3, 5, 4), (2, 3, 9, 8)])
