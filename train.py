@@ -41,7 +41,6 @@ from kqv.checkpoint import LoopState
 from kqv.data import Dataset, MicroBatches, open_dataset
 from kqv.distributed import (
     Processes,
-    average_gradients,
     compile_and_wrap,
     connect,
     gather_full,
@@ -50,11 +49,13 @@ from kqv.distributed import (
     recompute_activations,
     seconds_saved,
     shard,
+    uncompile,
 )
 from kqv.evaluate import check_finite, evaluate_splits
 from kqv.log import Clock, Log, Pace
 from kqv.lora import merged_weights, weights_to_save
 from kqv.loss import NextTokenLoss
+from kqv.passes import Passes
 from kqv.plots import refresh_picture
 from kqv.resume import check_data, is_comparable, load_saved, restore_settings
 from kqv.rundir import METRICS, check_folder, hold, put_aside
@@ -75,15 +76,12 @@ class Run:
     state: LoopState
     bare: GPT  # the model without wrappers: what is saved
     loss_model: nn.Module  # NextTokenLoss of it, compiled if asked for: for evaluation
-    model: nn.Module  # the same, wrapped for several processes: for training
+    passes: Passes  # forward and backward, with the same wrapped for several processes: for training
     optimizers: dict[str, torch.optim.Optimizer]  # by their names in a checkpoint
     scaler: torch.amp.GradScaler  # keeps small float16 gradients from becoming zero; disabled for other dtypes
     autocast: torch.autocast
     batches: MicroBatches
     bad_steps: BadSteps
-    # Loss of the last micro-batch, with its graph. If the graph were freed within the step, the heap would shrink and
-    # grow again in each step, which costs 7% of a small model's step (dev/LOG.md)
-    last_loss: Tensor | None = None
 
 
 def write_samples(run: Run) -> list[str]:
@@ -117,12 +115,7 @@ def train_step(run: Run, stop: StopRequests) -> tuple[Tensor, Tensor] | None:
     for micro_step in range(micro_steps):
         if micro_step and stop.requested(processes):
             return None
-        average_gradients(run.model, now=micro_step == micro_steps - 1)
-        with run.autocast:
-            loss = run.model(*run.batches.next) / micro_steps
-        own_loss += loss.detach()
-        scaler.scale(loss).backward()
-        run.last_loss = loss
+        own_loss += run.passes(micro_step, *run.batches.next)
         run.batches.read()  # the next batch, while a GPU is still computing
     for optimizer in run.optimizers.values():
         scaler.unscale_(optimizer)
@@ -138,7 +131,7 @@ def train_step(run: Run, stop: StopRequests) -> tuple[Tensor, Tensor] | None:
             optimizer.grad_scale, optimizer.found_inf = None, is_bad.float()
         scaler.step(optimizer)
     scaler.update()
-    run.bare.zero_grad(set_to_none=True)
+    run.passes.forget_gradients()
     return loss, grad_norm
 
 
@@ -302,12 +295,16 @@ def main(cfg: TrainConfig, origin: dict[str, str], stop: StopRequests | None = N
         log.evaluated(state.iter_num, evaluate_splits(loss_model, dataset, autocast, processes))
         return 0
 
-    # -- compilation
+    # -- compilation, recording
     batches = MicroBatches(dataset.splits["train"], cfg.seed, state.sequences, cfg.batch_size, micro_steps, processes)
     flops = bare.flops_per_token() * tokens_per_iter / processes.world_size  # on one device in one iteration
     peak = machine.peak_flops(machine.device_name(device), dtype_name)
     gain = seconds_saved(flops, peak, cfg.max_iters - state.iter_num)
     model = compile_and_wrap(loss_model, cfg.compile, gain, batches.next, autocast, processes, log.say)
+    passes = Passes(model, autocast, scaler, micro_steps)
+    if cfg.cuda_graph and device.type == "cuda" and not (processes.connected or cfg.activation_checkpointing):
+        passes.record(*batches.next)
+        uncompile(loss_model)  # evaluation, the only use left, is not worth compiling for
 
     # -- the run's folder and record
     lock = hold(out_dir) if processes.main else None
@@ -323,7 +320,7 @@ def main(cfg: TrainConfig, origin: dict[str, str], stop: StopRequests | None = N
     # -- the loop
     bad_steps = BadSteps(state.bad_steps, state.recent_losses, cfg.max_bad_steps, device)
     run = Run(
-        cfg, processes, log, dataset, state, bare, loss_model, model, optimizers, scaler, autocast, batches, bad_steps
+        cfg, processes, log, dataset, state, bare, loss_model, passes, optimizers, scaler, autocast, batches, bad_steps
     )
     stop.begin(cfg.max_minutes)
     stopped = train(run, Pace(tokens_per_iter, flops, peak), stop, measured)

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kqv.attention import use_attention
 from kqv.build import SkipInit
+from kqv.gpu_memory import as_on_gpu
 from kqv.loss import NextTokenLoss
 from kqv.machine import LOGITS_SHARE
 from kqv.optim import make_optimizers
@@ -99,49 +100,6 @@ class Census(TorchDispatchMode):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda p: self.assign(p.grad, "gradients"))
-
-
-# -- GPU kernels keep other tensors than the CPU's, on whose fake tensors the step runs --------------------------------
-
-
-class FusedAttention(torch.autograd.Function):
-    """Attention as CUDA kernels compute it: they keep q, k, v, the result and the logarithm of each row's sum."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, y, q.new_empty(q.shape[:3], dtype=torch.float32))
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
-
-
-class FusedNorm(torch.autograd.Function):
-    """RMSNorm as one kernel, which keeps its input and a number for each row."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1]))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:2])
-
-
-def as_on_gpu(model: nn.Module, sdpa: bool) -> None:
-    """Make attention, dropout and RMSNorm keep the tensors that they keep on a GPU."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.p:
-            module.forward = lambda x, p=module.p: torch.native_dropout(x, p, True)[0]  # keeps one byte per number
-        elif isinstance(module, nn.RMSNorm):
-            module.forward = lambda x, weight=module.weight: FusedNorm.apply(x, weight)
-        elif isinstance(module, nn.LayerNorm):  # in float32 under CUDA's autocast
-            module.forward = lambda x, own=module.forward: own(x.float())
-        elif name.endswith(".attn") and sdpa:
-            module.attention = lambda q, k, v, dropout, mask=None: FusedAttention.apply(q, k, v)
 
 
 # -- a step, and an evaluation -----------------------------------------------------------------------------------------

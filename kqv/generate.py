@@ -20,33 +20,36 @@ ROOM = 1024  # tokens: a longer text than the last one makes new memory, and a n
 
 
 class FixedShapeCache:
-    """A view of one layer's KVCache for one new token, at `position` (1): its shapes do not depend on its length."""
+    """A view of one layer's KVCache for one new token, at `position` (1): its shapes do not depend on its length.
 
-    def __init__(self, layer: Any, position: Tensor):
-        self.k, self.v, self.recent, self.position, self.length = layer.k, layer.v, layer.recent, position, 0
+    `mask` (S) is added to the scores: 0 where the cache is filled, else -inf.
+    """
+
+    def __init__(self, layer: Any, position: Tensor, mask: Tensor):
+        self.k, self.v, self.recent, self.length = layer.k, layer.v, layer.recent, 0
+        self.position, self.mask = position, mask
 
     def positions(self, T: int) -> Tensor:
         return self.position  # (1)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Write k, v (B, G, 1, D); return all places, (B, G, S, D), and the mask (1, S) of the filled."""
-        k, v = self.k.index_copy_(2, self.position, k), self.v.index_copy_(2, self.position, v)
-        return k, v, self.position[:, None] >= torch.arange(k.size(2), device=k.device)
+        """Write k, v (B, G, 1, D); return all places, (B, G, S, D), and the mask (S)."""
+        return self.k.index_copy_(2, self.position, k), self.v.index_copy_(2, self.position, v), self.mask
 
 
 def one_query_attention(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout, mask: Tensor | None = None) -> Tensor:
-    """Attention of one new token, q (B, H, 1, D), in three kernels; of several tokens, PyTorch's fused kernel.
+    """Attention of one new token, q (B, H, 1, D), in few kernels; of several tokens, PyTorch's fused kernel.
 
-    The H / G heads that share a key/value head are the rows of one product, so keys and values are not repeated.
+    `mask` (S) is added to the scores. The H / G heads that share a key/value head are the rows of one product, so keys
+    and values are not repeated.
     """
     B, H, T, D = q.shape
-    if T > 1:
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=k.size(1) != H)
-    q = q.reshape(B, k.size(1), -1, D) / math.sqrt(D)  # (B, G, H/G, D)
-    scores = q @ k.mT  # (B, G, H/G, S)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return (F.softmax(scores, dim=-1) @ v).view(B, H, 1, D)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=k.size(1) != H)
+    k, v = k.flatten(0, 1), v.flatten(0, 1)  # (B*G, S, D)
+    q = q.reshape(len(k), -1, D)  # (B*G, H/G, D)
+    scores = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D))  # (B*G, H/G, S)
+    return torch.bmm(F.softmax(scores, dim=-1), v).view(B, H, T, D)
 
 
 class TokenStep:
@@ -114,7 +117,10 @@ class TokenStep:
 
     def compute(self) -> None:
         new = self.tokens.index_select(1, self.place - 1)  # (B, 1)
-        logits, _ = self.forward(new, cache=[FixedShapeCache(layer, self.position) for layer in self.cache])
+        k = self.cache[0].k  # (B, G, S, D)
+        empty = torch.arange(k.size(2), device=k.device) > self.position  # (S)
+        mask = k.new_zeros(empty.shape).masked_fill(empty, -math.inf)
+        logits, _ = self.forward(new, cache=[FixedShapeCache(layer, self.position, mask) for layer in self.cache])
         self.position += 1
         self.draw(logits)
 

@@ -83,9 +83,7 @@ class TiedEmbedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor, grad_weight: Tensor) -> tuple[None, Tensor]:
         idx, grad = ctx.saved_tensors[0].flatten(), grad.flatten(0, 1).type_as(grad_weight)  # (N), (N, C)
-        # deterministic on either device: index_put_ on CPUs, and index_add_ on GPUs, let threads add in any order
-        if grad.is_cuda:
-            return None, grad_weight.index_put_((idx,), grad, accumulate=True)
+        # not index_put_: on CPUs its threads add in any order, on GPUs it is slow where one id is frequent
         return None, grad_weight.index_add_(0, idx, grad)
 
 
@@ -129,7 +127,7 @@ class NextTokenLoss(nn.Module):
         model = self.model
         head, V = model.lm_head.weight, model.config.vocab_size  # (V, C)
         chunks = V >= LARGE_VOCAB and idx.numel() * V * BYTES_OF_LOGIT > self.room
-        if chunks and model.config.tie_embeddings:
+        if V >= LARGE_VOCAB and model.config.tie_embeddings:
             x, head = TiedEmbedding.apply(idx, head)  # (B, T, C), (V, C)
         else:
             x = model.transformer.wte(idx)  # (B, T, C)

@@ -41,6 +41,9 @@ class Training:
     strategy: Annotated[
         Literal["ddp", "fsdp"], "with several processes, each holds the whole model (ddp) or a share of it (fsdp)"
     ] = "ddp"
+    cuda_graph: Annotated[
+        bool, "one GPU records the forward and backward pass once and replays it; not with activation_checkpointing"
+    ] = True
     activation_checkpointing: Annotated[bool, "recompute activations in the backward pass: less memory, slower"] = False
     backend: Annotated[
         Literal["auto", "nccl", "gloo", "mpi", "ucc"], "backend of torch.distributed; auto: nccl on GPUs, gloo on CPUs"

@@ -93,10 +93,10 @@ def test_logits_that_are_not_finite_are_an_error_and_draw_no_impossible_id():
 def test_attention_of_one_query_is_the_formula(G):
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(shape, generator=draw) for shape in ((2, 4, 1, 8), (2, G, 9, 8), (2, G, 9, 8)))
-    mask = torch.arange(9)[None] <= 5
-    for options in ({}, {"mask": mask}):
-        expected = explicit_attention(q, k, v, nn.Dropout(0.0), **options)
-        torch.testing.assert_close(one_query_attention(q, k, v, nn.Dropout(0.0), **options), expected)
+    empty = torch.arange(9) > 5
+    for hidden, added in ((None, None), (~empty[None], torch.zeros(9).masked_fill(empty, -math.inf))):
+        expected = explicit_attention(q, k, v, nn.Dropout(0.0), hidden)
+        torch.testing.assert_close(one_query_attention(q, k, v, nn.Dropout(0.0), added), expected)
 
 
 def test_numbers_drawn_at_once_are_those_drawn_one_by_one():

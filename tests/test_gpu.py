@@ -10,10 +10,11 @@ from kqv import checkpoint
 from kqv.generate import FastGeneration, Reading
 from kqv.loss import LARGE_VOCAB, NextTokenLoss
 from kqv.optim import orthogonalize
+from kqv.passes import Passes
 from model import GPT, GPTConfig, KVCache, next_token
 from tests.conftest import TINY
 from tests.test_distributed import torchrun
-from tests.test_train import column, with_nan_from
+from tests.test_train import column
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -56,9 +57,37 @@ def test_a_run_can_be_stopped_and_resumed(train, tmp_path):
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "out"), rel=1e-4)
 
 
-def test_a_bad_step_is_skipped(train, tmp_path, monkeypatch):
-    with_nan_from(monkeypatch, 5, 5)
-    result = train("--max_iters=12", f"--device={DEVICE}", "--compile=False")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--dtype=float32",),
+        ("--dtype=float16",),
+        ("--dtype=bfloat16", "--qk_norm", "--position=rope", "--short_conv=2", "--optimizer=muon"),
+    ],
+    ids=str,
+)
+def test_recorded_passes_train_as_those_that_are_not(train, tmp_path, options):
+    run = ("--gradient_accumulation_steps=3", "--max_iters=12", "--dropout=0.2", "--compile=False", *options)
+    for out_dir, recorded in (("recorded", True), ("plain", False)):
+        result = train(*run, f"--device={DEVICE}", f"--cuda_graph={recorded}", f"--out_dir={out_dir}")
+        assert result.code == 0, result.err
+    assert losses(tmp_path / "recorded") == pytest.approx(losses(tmp_path / "plain"), rel=1e-3)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_bad_step_is_skipped(train, tmp_path, monkeypatch, recorded):
+    compute, calls = Passes.__call__, iter(range(10**9))
+
+    def broken(self, *batch):
+        loss = compute(self, *batch)
+        if next(calls) != 5:
+            return loss
+        for parameter in self.model.parameters():
+            parameter.grad *= math.nan
+        return loss * math.nan
+
+    monkeypatch.setattr(Passes, "__call__", broken)
+    result = train("--max_iters=12", f"--device={DEVICE}", "--compile=False", f"--cuda_graph={recorded}")
     assert result.code == 0 and "iter 5: SKIPPED" in result.out, result.err
     saved = checkpoint.load(tmp_path / "out" / "ckpt.pt")
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())

@@ -191,6 +191,16 @@ def test_deep_models_are_counted_from_two_shallow_ones():
     assert kept_by_plan(config, 2, torch.float32, gpu=False) == kept_by_autograd(config, 2, torch.float32, "cpu")
 
 
+@pytest.mark.parametrize("dtype, bytes_of_weight", [(torch.float32, 4), (torch.bfloat16, 4 + 2)])
+def test_explicit_attention_keeps_its_weights_in_float32_on_a_gpu(dtype, bytes_of_weight):
+    """CUDA's autocast computes the softmax in float32; the product with the values keeps a copy in 16 bits."""
+    short, middle, long = (
+        kept_by_plan(small_config(attention="explicit", block_size=T), 3, dtype, gpu=True) for T in (24, 36, 48)
+    )
+    quadratic = (short - 2 * middle + long) // 2 // 12**2  # the factor of T^2
+    assert quadratic == 2 * (3 * 4 * bytes_of_weight + 1)  # layers, B, H; one byte for the mask
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)

@@ -826,7 +826,7 @@ def test_compile_auto_falls_back_with_a_line_and_true_is_an_error(monkeypatch, c
 def test_compiling_is_for_runs_that_are_long_enough():
     gpt2 = 6 * 124e6 * 12 * 1024
     assert distributed.seconds_saved(gpt2, 989e12, 10_000) > 100 > 20 > distributed.seconds_saved(gpt2, 989e12, 500)
-    assert distributed.seconds_saved(1e9, None, 10_000) == 50  # a small model gains what launching its kernels costs
+    assert distributed.seconds_saved(1e9, None, 10_000) < 1
 
 
 @pytest.mark.slow
