@@ -6,7 +6,10 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist=worksteal
 CONFIG := configs/train_python_stdlib.py
 
-.PHONY: demo test slow gpu
+GPU_ENVIRONMENT := $(if $(filter .venv/bin,$(BIN)),.venv/test)
+HAS_GPU = $(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: this needs a CUDA device")'
+
+.PHONY: demo test slow gpu gpu-test gpu-bench
 
 demo: out-python-stdlib/done
 	$(BIN)/python sample.py --out_dir=out-python-stdlib --num_samples=2 --max_new_tokens=400 --start="def "
@@ -27,15 +30,19 @@ test: .venv/test
 slow: .venv/test
 	$(PYTEST) -m slow
 
-# on a machine with a GPU, beside a checkout of nanoGPT: make gpu PEER=../nanoGPT, and BENCH=--input=FILE where tiny
-# Shakespeare cannot be downloaded. Some minutes: each side runs once. The table comes also where a test fails
-gpu: .venv/test
-	$(if $(PEER),,$(error which checkout of nanoGPT? make gpu PEER=../nanoGPT))
-	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: make gpu needs a CUDA device")'
-	$(BIN)/python -m pytest -m gpu; tests=$$?; \
-	$(BIN)/python bench.py train generate loss prepare --size=gpt2 --device=cuda --dtype=bfloat16 --repeats=1 \
-		--peer=$(PEER) --peer=hf --flags=--compile=True --config=configs/fast_shakespeare_char.py --megabytes=10 $(BENCH) \
-		&& exit $$tests
+# on a machine with a GPU; each of the two ends in under four minutes. The second is beside a checkout of nanoGPT: make
+# gpu-bench PEER=../nanoGPT, and BENCH="--input=FILE" where tiny Shakespeare cannot be downloaded. With BIN=FOLDER they
+# use the Python there, and install nothing
+gpu: gpu-test gpu-bench
+
+gpu-test: $(GPU_ENVIRONMENT)
+	@$(HAS_GPU)
+	timeout 235 $(BIN)/python -m pytest -m gpu -n 8 --dist=worksteal
+
+gpu-bench: $(GPU_ENVIRONMENT)
+	$(if $(PEER),,$(error which checkout of nanoGPT? make gpu-bench PEER=../nanoGPT))
+	@$(HAS_GPU)
+	timeout 235 $(BIN)/python bench.py gpu --size=gpt2 --peer=$(PEER) --peer=hf --json=gpu.json $(BENCH)
 
 # the environment: torch and what training needs, then what the tests need; again when pyproject.toml changes
 .venv/run: pyproject.toml

@@ -19,20 +19,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from kqv import ROOT, cli
-from kqv.benchmarks import SHAPES, TASKS
+from kqv import ROOT, benchmarks, cli
+from kqv.benchmarks import SHAPES
 from kqv.errors import UserError
+from kqv.gpu_benchmark import gpu
 from kqv.machine import cpu_name, git
 from kqv.measure import call, limits
 from kqv.rundir import write_whole
 from kqv.settings import at_least
 from kqv.tables import print_table
 
+TASKS = benchmarks.TASKS | {"gpu": gpu}
+
 
 @dataclass(kw_only=True)
 class Bench:
     POSITIONAL: ClassVar[str] = "tasks"
-    tasks: Annotated[tuple[str, ...], "train | generate | prepare | loss, one or more"] = ()
+    tasks: Annotated[tuple[str, ...], "train | generate | prepare | loss | gpu, one or more"] = ()
     peer: Annotated[
         tuple[str, ...], "folder of a nanoGPT checkout, or hf: transformers, to generate; give it twice for both"
     ] = ()
@@ -47,9 +50,9 @@ class Bench:
     quantize: Annotated[Literal["int8"] | None, "of our side in generate"] = None
     flags: Annotated[str, "more settings for our train.py in train and loss: '--compile --dtype=bfloat16'"] = ""
     peer_flags: Annotated[str, "more settings for the peer's train.py"] = ""
-    config: Annotated[str | None, "what loss runs on our side; None: the same recipe as nanoGPT's for the device"] = (
-        None
-    )
+    config: Annotated[
+        str | None, "what loss runs on our side; None: nanoGPT's recipe for the device, in gpu fast_shakespeare_char"
+    ] = None
     input: Annotated[str | None, "loss: the text, None downloads tiny Shakespeare; prepare: file or folder"] = None
     megabytes: Annotated[int, "text for prepare: Python's own sources, or the input, over and over"] = 200
     json: Annotated[str | None, "also write the results to this file"] = None
@@ -59,6 +62,9 @@ class Bench:
             unknown = f"task {next(t for t in self.tasks if t not in TASKS)!r}" if self.tasks else "which task?"
             raise UserError(f"{unknown}: expected {' | '.join(TASKS)}")
         at_least(self, 1, "repeats", "steps", "threads", "megabytes")
+        if "gpu" in self.tasks:
+            self.device = "cuda" if self.device == "auto" else self.device
+            self.config = self.config or "configs/fast_shakespeare_char.py"
         if unknown := set(self.size) - set(SHAPES):
             raise UserError(f"size={min(unknown)!r}: expected {' | '.join(SHAPES)}")
         for peer in self.peer:
@@ -100,7 +106,7 @@ def cells(result: dict[str, Any]) -> list[str]:
 
     def shown(key: str, form: str) -> str:
         runs = result.get(f"{key}_runs", [])
-        spread = f" ({min(runs):{form}} to {max(runs):{form}})" if runs else ""
+        spread = f" ({min(runs):{form}} to {max(runs):{form}})" if len(runs) > 1 else ""
         return "-" if result[key] is None else f"{result[key]:{form}}{spread}"
 
     both = [f"{shown('share_of_limit', '.1%')} / {shown('peer_share_of_limit', '.1%')}"]
@@ -112,7 +118,7 @@ def cells(result: dict[str, Any]) -> list[str]:
 def main(cfg: Bench, origin: dict[str, str]) -> None:
     """Measure kqv, alone or beside a peer: a table with medians, the spread, and at its end the ratio.
 
-    python bench.py train | generate | prepare | loss [--peer=FOLDER_OF_NANOGPT] [--size=small] [--json=FILE]
+    python bench.py train | generate | prepare | loss | gpu [--peer=FOLDER_OF_NANOGPT] [--size=small] [--json=FILE]
     """
     known, rows, machine = versions(cfg.peer), [], {}
     if cfg.threads:

@@ -124,7 +124,7 @@ def generate(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterat
         full = same | {"shape": shape, "greedy": peer == "hf"}
 
         def ours(batch: int, full: dict[str, Any] = full) -> Measured:
-            return call("our model.py", write_tokens, work, side=str(ROOT), batch=batch, quantize=cfg.quantize, **full)
+            return call("our model.py", write_tokens, work, side=str(ROOT), batch=batch, mode=cfg.quantize, **full)
 
         def theirs(_: int, side: str | None = peer, full: dict[str, Any] = full) -> Measured:
             return call("the peer's model", write_tokens, work, side=side, batch=1, **full)
@@ -196,11 +196,8 @@ def time_to_loss(name: str, command: list[Any], cwd: Any, work: Path, repeat: in
     return replace(measured, value=evaluated, found={"loss": float(re.search(r"val loss (\S+)", output)[1])})
 
 
-def loss(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Seconds that a recipe for tiny Shakespeare takes, from the start to its last evaluation; and its loss.
-
-    Our train.py measures both losses on the whole validation split. Our runs differ in their seeds.
-    """
+def loss_commands(cfg: Any, work: Path) -> list[list[Any]]:
+    """Prepare tiny Shakespeare; returns our command that trains on it, and the peer's if there is one."""
     device = cfg.device if cfg.device.startswith("cuda") else "cpu"
     kind = device.partition(":")[0]
     recipe = cfg.config or OUR_LOSS[kind]
@@ -211,12 +208,22 @@ def loss(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterator[d
     path = Path(recipe).resolve() if Path(recipe).is_file() else recipe
     ours = [sys.executable, ROOT / "train.py", path, *own, *shlex.split(cfg.flags)]
     theirs = shlex.split(f"{PEER_LOSS[kind]} --device={device} {cfg.peer_flags}")
-    peer = [sys.executable, "train.py", *theirs, f"--dataset={data}"]
+    return [ours, *([[sys.executable, "train.py", *theirs, f"--dataset={data}"]] if cfg.nanogpt else [])]
+
+
+def loss(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Seconds that a recipe for tiny Shakespeare takes, from the start to its last evaluation; and its loss.
+
+    Our train.py measures both losses on the whole validation split. Our runs differ in their seeds.
+    """
+    kind = "cuda" if cfg.device.startswith("cuda") else "cpu"
+    recipe = cfg.config or OUR_LOSS[kind]
+    ours, *theirs = loss_commands(cfg, work)
     a, b = in_turn(
         cfg.repeats,
         "loss (s: ours, peer)",
         lambda repeat: time_to_loss("ours", [*ours, f"--seed={1337 + repeat}"], work, work, repeat),
-        (lambda repeat: time_to_loss("peer", peer, cfg.nanogpt, work, repeat)) if cfg.nanogpt else None,
+        (lambda repeat: time_to_loss("peer", theirs[0], cfg.nanogpt, work, repeat)) if theirs else None,
     )
     yield row(("loss: to the last evaluation", Path(recipe).stem, kind, "s"), a, b)
     whole = ([replace(m, value=m.seconds) for m in side] for side in (a, b))

@@ -93,6 +93,48 @@ def call(name: str, function: Callable[..., dict], cwd: Path, whole_tree: bool =
     return replace(measured, found=found, value=found.get("value", math.nan))
 
 
+class Program:
+    """One of our functions in a child process that prepares itself beside others, then waits to be told to measure.
+
+    The function takes `ready`, which it calls once it is prepared, and returns a dict.
+    """
+
+    def __init__(self, function: Callable[..., dict], **arguments: Any):
+        code = "import sys, json; from pathlib import Path; sys.path.insert(0, sys.argv[1]); "
+        code += f"from {function.__module__} import {function.__name__} as function; "
+        code += "ready = lambda: (Path(sys.argv[3]).touch(), sys.stdin.readline()); "
+        code += "print(json.dumps(function(ready=ready, **json.loads(sys.argv[2]))))"
+        self.folder = tempfile.TemporaryDirectory(prefix="kqv-bench-")
+        self.is_ready, self.log = Path(self.folder.name, "ready"), Path(self.folder.name, "log")
+        command = [sys.executable, "-c", code, str(ROOT), json.dumps(arguments), str(self.is_ready)]
+        with self.log.open("w", encoding="utf-8") as err:
+            pipe = subprocess.PIPE
+            environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+            self.child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=err, text=True, env=environment)
+
+    def wait(self, deadline: float) -> None:
+        """Wait until it is ready or has ended, at most to `deadline` on the monotonic clock."""
+        while not self.is_ready.exists() and self.child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def measure(self, seconds: float) -> dict[str, Any] | str:
+        """Let it measure, at most so long; returns what the function returns, or why there is nothing."""
+        try:
+            if not self.is_ready.exists() and self.child.poll() is None:
+                return "was not ready in time"
+            output = self.child.communicate("\n", timeout=seconds)[0]
+            if self.child.returncode == 0:
+                return json.loads(output.splitlines()[-1])
+            reason = self.log.read_text(encoding="utf-8", errors="replace").strip()
+            return (reason or f"exit code {self.child.returncode}").splitlines()[-1]
+        except subprocess.TimeoutExpired:
+            return f"took longer than {seconds:.0f} s"
+        finally:
+            self.child.kill()
+            self.child.communicate()
+            self.folder.cleanup()
+
+
 def in_turn(repeats: int, name: str, *sides: Callable[[int], Measured] | None) -> list[list[Measured]]:
     """Run the sides in turn, A B A B ..., and print each result; a side that is None has no results."""
     results = [[] for _ in sides]
@@ -142,9 +184,11 @@ def row(
 # -- the machine's limits ----------------------------------------------------------------------------------------------
 
 
-def limits(device: str) -> dict[str, Any]:
+def limits(device: str, ready: Callable[[], Any] = lambda: None) -> dict[str, Any]:
     """This machine's fastest matrix product, in FLOP/s by dtype, and its fastest read of memory, in bytes/s."""
     import torch
+
+    ready()
 
     def fastest(work: Callable[[], Any]) -> float:
         best = math.inf

@@ -12,6 +12,8 @@ import string
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -48,13 +50,92 @@ def count_model(settings: dict[str, Any], vocab_size: int, padded: bool) -> dict
     return {"flops": model.flops_per_token() * tokens, "weights": model.num_params()}
 
 
+# -- a step of training, on random tokens ------------------------------------------------------------------------------
+
+
+def time_steps(
+    side: str, shape: dict[str, int], batch: int, device: str, ready: Callable[[], Any] = lambda: None
+) -> dict[str, float]:
+    """Milliseconds of a step in bfloat16, compiled on GPUs: forward, backward, clipping, AdamW. `side`: its folder.
+
+    "memory_mb": what PyTorch holds of the GPU; "flops": of a step, on our side.
+    """
+    import torch
+
+    torch.set_float32_matmul_precision("high")  # as both train.py
+    torch.manual_seed(1337)
+    theirs = load_model_file(side)
+    model = theirs.GPT(theirs.GPTConfig(**shape, bias=False, dropout=0.0)).to(device)
+    x, y = torch.randint(shape["vocab_size"], (2, batch, shape["block_size"]), device=device)
+    autocast, on_gpu = torch.autocast(device, torch.bfloat16), device == "cuda"
+    if side == str(ROOT):
+        from kqv import optim
+        from kqv.distributed import compile_and_wrap, connect
+        from kqv.loss import NextTokenLoss
+        from kqv.machine import room_for_logits
+        from kqv.passes import Passes
+
+        processes = connect(device, "auto")
+        loss_model = NextTokenLoss(model, room_for_logits(processes.device))
+        compiled = compile_and_wrap(loss_model, on_gpu, 0, (x, y), autocast, processes, say=lambda _: None)
+        passes = Passes(compiled, autocast, torch.amp.GradScaler(device, enabled=False), micro_steps=1)
+        if on_gpu:
+            passes.record(x, y)
+        optimizer = optim.adamw(model.parameters(), 6e-4, (0.9, 0.95), 0.1)
+        compute, forget = partial(passes, 0, x, y), passes.forget_gradients
+    else:
+        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device)
+        compiled = torch.compile(model) if on_gpu else model
+
+        def compute() -> None:
+            with autocast:
+                loss = compiled(x, y)[1]
+            loss.backward()
+
+        forget = partial(optimizer.zero_grad, set_to_none=True)
+
+    def milliseconds(steps: int) -> float:
+        started = time.perf_counter()
+        for _ in range(steps):
+            compute()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            forget()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - started) / steps
+
+    milliseconds(3)
+    if on_gpu:
+        torch.cuda.empty_cache()  # memory for the other programs, until it is this one's turn
+    ready()
+    milliseconds(10 if on_gpu else 1)
+    found = {"value": milliseconds(30 if on_gpu else 3)}
+    if on_gpu:
+        found["memory_mb"] = torch.cuda.max_memory_reserved() / 1e6
+    if side == str(ROOT):
+        found["flops"] = model.flops_per_token() * x.numel()
+    return found
+
+
 # -- generate ----------------------------------------------------------------------------------------------------------
 
 
 def write_tokens(
-    side: str, shape: dict[str, int], dtype: str, device: str, batch: int, greedy: bool, quantize: str | None = None
+    side: str,
+    shape: dict[str, int],
+    dtype: str,
+    device: str,
+    batch: int,
+    greedy: bool,
+    mode: str | None = None,
+    new: int = NEW,
+    ready: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
-    """Tokens per second that a model with random weights generates. `side`: hf, or the folder of a model.py."""
+    """Tokens per second that a model with random weights generates. `side`: hf, or the folder of a model.py.
+
+    `mode`, of our side: on a GPU eager, graph or compiled; on a CPU int8. `new`: tokens that are timed.
+    """
     import torch
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # as sample.py, for all sides
@@ -73,22 +154,24 @@ def write_tokens(
         keys |= {"generators": [torch.Generator().manual_seed(1337 + i) for i in range(batch)]} if ours else {}
     model.to(device, getattr(torch, dtype)).eval()
     generate = model.generate
-    if ours and device != "cpu":
+    if ours and device != "cpu" and mode != "eager":
         from kqv.generate import FastGeneration
 
-        generate = FastGeneration(model, theirs.KVCache, theirs.next_token, compile=False)
-    elif ours:
+        generate = FastGeneration(model, theirs.KVCache, theirs.next_token, compile=mode == "compiled")
+    elif ours and device == "cpu":
         from kqv.quantized import pack
 
-        pack(model, batch, quantize)
-    for new in (8, NEW):  # the first to warm up
+        pack(model, batch, "int8" if mode == "int8" else None)
+    for number in (8, new):  # the first to warm up
+        if number == new:
+            ready()
         started = time.perf_counter()
-        tokens = generate(prompt, max_new_tokens=new, **keys)
+        tokens = generate(prompt, max_new_tokens=number, **keys)
         made = sum(1 for _ in tokens) if ours else tokens.size(1) - PROMPT
         if device != "cpu":
             torch.accelerator.synchronize()
-    assert made == NEW
-    return {"value": batch * NEW / (time.perf_counter() - started)}
+    assert made == new
+    return {"value": batch * new / (time.perf_counter() - started)}
 
 
 def time_tokens(dtype: str, device: str) -> dict[str, float]:

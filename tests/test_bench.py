@@ -5,12 +5,13 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import bench
-from kqv import benchmarks, cli, errors, measure, peers
+from kqv import benchmarks, cli, errors, gpu_benchmark, measure, peers
 from model import GPT, GPTConfig
 from tests.conftest import ROOT
 
@@ -227,6 +228,47 @@ def test_prepare_alone(command, gpt2_bpe):
 
 # -- the real thing, small ---------------------------------------------------------------------------------------------
 
+# -- gpu: programs that get ready side by side -------------------------------------------------------------------------
+
+
+def twice(value: int, ready, fails: bool = False) -> dict[str, int]:
+    assert not fails, "as asked"
+    ready()
+    time.sleep(60 * (value == 60))
+    return {"value": 2 * value}
+
+
+def late_or_never(ready) -> None:
+    time.sleep(60)
+
+
+def test_a_program_measures_when_it_is_told():
+    good, bad = measure.Program(twice, value=4), measure.Program(twice, value=4, fails=True)
+    slow, late = measure.Program(twice, value=60), measure.Program(late_or_never)
+    for program in (good, bad, slow):
+        program.wait(time.monotonic() + 60)
+    assert good.child.poll() is None and good.is_ready.exists()
+    assert good.measure(20) == {"value": 8}
+    assert bad.measure(20) == "AssertionError: as asked"
+    assert slow.measure(0.2) == "took longer than 0 s"
+    assert late.measure(20) == "was not ready in time"
+    assert all(program.child.poll() is not None for program in (good, bad, slow, late))
+
+
+def test_time_to_a_loss(tmp_path):
+    script = tmp_path / "train.py"
+    lines = [f"step {n}: train loss 1.1, val loss {loss}" for n, loss in ((0, 4.2), (50, 1.5), (100, 1.46))]
+    script.write_text(
+        f"import sys, time\nprint({lines[0]!r}); print({lines[1]!r})\n"
+        f"time.sleep(60 * (sys.argv[1] == 'sleep')); print({lines[2]!r}); time.sleep(60)",
+        encoding="utf-8",
+    )
+    command, in_a_minute = [sys.executable, script], time.monotonic() + 60
+    assert 0 < gpu_benchmark.time_to(1.4697, [*command, "go"], tmp_path, in_a_minute) < 50
+    assert 0 < gpu_benchmark.time_to(1.5, [*command, "sleep"], tmp_path, in_a_minute) < 50
+    assert gpu_benchmark.time_to(1.4, [*command, "sleep"], tmp_path, time.monotonic() + 2) is None
+
+
 # calls `datasets` as nanoGPT's data/openwebtext/prepare.py does, and prints the number of tokens
 OPENWEBTEXT = """
 from pathlib import Path
@@ -291,6 +333,24 @@ def test_generate(command, tmp_path, peer):
     assert 1e8 < alone["limit"] * weights * 4 < 1e13  # bytes/s that this machine reads
     assert ten["ratio"] == pytest.approx(ten["ours"] / alone["ours"]) and ten["peer"] is None
     assert far["unit"] == "ms/token" and far["ratio"] > 0
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_goes_on_if_a_program_fails(command, tmp_path):
+    (tmp_path / "nanogpt").mkdir()
+    (tmp_path / "nanogpt" / "train.py").write_text("", encoding="utf-8")
+    (tmp_path / "nanogpt" / "model.py").write_text(MODEL, encoding="utf-8")  # it can generate, but not learn
+    result = command("bench.py", "gpu", "--device=cpu", "--peer=nanogpt", "--json=result.json")
+    assert "step 12 nanoGPT: TypeError" in result.err
+    found = rows(result)
+    units = {row["task"]: (row["unit"], row["peer"] is None) for row in found}
+    assert units == {
+        "step, batch 12": ("ms/iteration", True),
+        "step, batch 32": ("ms/iteration", True),
+        "generate 1, graph (nanoGPT)": ("tokens/s", False),
+        "generate 10, graph": ("tokens/s", True),
+    }
+    assert all(row["ours"] > 0 for row in found) and 0 < found[0]["share_of_limit"] < 2
 
 
 @pytest.mark.slow
