@@ -41,7 +41,7 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, dropout: nn.Dropout, mask
     q = q.flatten(0, 1)
     future = q.new_full((T, T), -math.inf).triu(1)  # added to the scores; 0 for the past
     chunks = []
-    with torch.autocast(q.device.type, enabled=False):  # which would store scores and weights in float32
+    with torch.autocast(q.device.type, enabled=False):  # which on GPUs would store the weights in float32
         for start in range(0, T, ROWS):
             end = min(start + ROWS, T)
             scores = torch.baddbmm(

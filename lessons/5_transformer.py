@@ -205,16 +205,32 @@ def byte_pairs(texts: list[str], vocab_size: int) -> Callable[[str], list[str]]:
     return lambda text: bpe.encode(text).tokens[:100]
 
 
+def show(A: Tensor, written: list[str], source: list[str], picture: str | None) -> None:
+    """Print the cross-attention A (T, S), and draw it: a row for each token written, a column for each it could read."""
+    print("\nwhere each token written looks, in percent\n\n" + " " * 12 + "".join(f"{token:>9}" for token in source))
+    for token, shares in zip(written, (100 * A).round().int().tolist(), strict=True):
+        print(f"{token:>12}" + "".join(f"{share if share >= 5 else '.':>9}" for share in shares))
+    if picture:
+        from matplotlib.figure import Figure
+
+        figure = Figure(layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(A.numpy(), cmap="Blues", vmin=0, vmax=1)
+        axes.set_xticks(range(len(source)), source, rotation=90)
+        axes.set_yticks(range(len(written)), written)
+        figure.savefig(picture, dpi=150)
+
+
 def main(arguments: list[str] | None = None) -> float:
     """Learn, translate what was held out; returns the percentage of exact matches, or BLEU for files."""
     parser = argparse.ArgumentParser(description="Translate with the original Transformer.")
-    for name in ("source", "target"):
-        parser.add_argument(f"--{name}", metavar="FILE", help="sentences, one a line (default: numbers)")
+    files = {"source": "sentences, one a line (default: numbers)", "target": "their translations, likewise"}
+    for name, text in (files | {"picture": "draw the cross-attention of one translation"}).items():
+        parser.add_argument(f"--{name}", metavar="FILE", help=text)
     sizes = {"d_model": 64, "N": 2, "h": 4, "d_ff": 256, "steps": 1500, "batch_size": 64, "warmup": 750, "beam": 4}
     sizes |= {"held_out": 500, "vocab_size": 8000}
     for name, default in (sizes | {"P_drop": 0.0, "smoothing": 0.1, "seed": 1}).items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="(default: %(default)s)")
-    parser.add_argument("--picture", metavar="FILE", help="draw the cross-attention of one translation")
     args = parser.parse_args(arguments)
     if args.d_model % (2 * args.h) or min(getattr(args, name) for name in sizes) < 1:
         parser.error("sizes are at least 1, and d_model is a multiple of 2 h")
@@ -223,7 +239,7 @@ def main(arguments: list[str] | None = None) -> float:
     torch.manual_seed(args.seed)
     try:
         if args.picture:
-            from matplotlib.figure import Figure
+            import matplotlib  # noqa: F401  before minutes of learning
         if args.source:
             from sacrebleu import corpus_bleu
 
@@ -232,9 +248,7 @@ def main(arguments: list[str] | None = None) -> float:
             tokens = byte_pairs(sources[: -args.held_out] + targets[: -args.held_out], args.vocab_size)
         else:
             (sources, targets), tokens = numbers(20_000 + args.held_out, torch.default_generator), number_tokens
-    except ImportError as error:
-        parser.error(f"this needs the package {error.name}: pip install {error.name}")
-    except (OSError, UnicodeDecodeError) as error:
+    except (ImportError, OSError, UnicodeDecodeError) as error:
         parser.error(str(error))
     if not args.held_out < len(sources) == len(targets):
         parser.error(f"{len(sources)} and {len(targets)} lines: expected as many, and more than --held_out")
@@ -255,25 +269,13 @@ def main(arguments: list[str] | None = None) -> float:
     model.eval()
     written = [[names[i] for i in translate(model, encode(text), args.beam)] for text in sources[n:]]
     written = ["".join(tokens).replace(SPACE, " ").strip() for tokens in written]
-    for source, text in list(zip(sources[n:], written, strict=True))[:3]:
-        print(f"  {source} -> {text}")
+    print(*(f"  {source} -> {text}" for source, text in list(zip(sources[n:], written, strict=True))[:3]), sep="\n")
     source = encode(sources[n] if args.source else "four hundred and twenty-one")
     target = translate(model, source, args.beam)
     with torch.no_grad():
-        model(torch.tensor([source]), torch.tensor([[START, *target[:-1]]]))
+        model(torch.tensor([source]), torch.tensor([[START, *target[:-1]]]))  # row t of A wrote token t
     A = model.decoder[-1].cross_attention.A[0].mean(dim=0)[: len(target)]  # (T, S), mean of the heads
-    # row t of A wrote token t: it stands at the token before
-    columns, rows = ([names[i] for i in side] for side in (source, target))
-    print("\nwhere each token written looks, in percent\n\n" + " " * 12 + "".join(f"{token:>9}" for token in columns))
-    for token, shares in zip(rows, (100 * A).round().int().tolist(), strict=True):
-        print(f"{token:>12}" + "".join(f"{share if share >= 5 else '.':>9}" for share in shares))
-    if args.picture:
-        figure = Figure(layout="constrained")
-        axes = figure.subplots()
-        axes.imshow(A.numpy(), cmap="Blues", vmin=0, vmax=1)
-        axes.set_xticks(range(len(columns)), columns, rotation=90)
-        axes.set_yticks(range(len(rows)), rows)
-        figure.savefig(args.picture, dpi=150)
+    show(A, [names[i] for i in target], [names[i] for i in source], args.picture)
     exact = 100 * sum(a == b for a, b in zip(written, targets[n:], strict=True)) / args.held_out
     print(f"\n{exact:.1f}% of {args.held_out} held-out translations are right to the letter")
     if args.source:
