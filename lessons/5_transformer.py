@@ -206,7 +206,7 @@ def byte_pairs(texts: list[str], vocab_size: int) -> Callable[[str], list[str]]:
 
 
 def show(A: Tensor, written: list[str], source: list[str], picture: str | None) -> None:
-    """Print the cross-attention A (T, S), and draw it: a row for each token written, a column for each it could read."""
+    """Print the cross-attention A (T, S), and draw it: a row for each token written, a column for each to read."""
     print("\nwhere each token written looks, in percent\n\n" + " " * 12 + "".join(f"{token:>9}" for token in source))
     for token, shares in zip(written, (100 * A).round().int().tolist(), strict=True):
         print(f"{token:>12}" + "".join(f"{share if share >= 5 else '.':>9}" for share in shares))
