@@ -20,10 +20,11 @@ are the paper's:
 takes 125 seconds of CPU time (two cores of a server CPU, AMD EPYC): 100.0% of 500 held-out numbers are right to the
 letter, and the map of 421 shows "ein" reading "one" before "zwanzig" reads "twenty". What if
 
-    --smoothing=0             the target is one-hot?
-    --beam=1                  it takes the likeliest token each time?
-    .tril() is left out in `decode`, so that a token sees those after it? The loss falls to nothing; what is written?
-    `positions` returns zeros?
+    --smoothing=0   the target is one-hot? 99.4%; the loss ends at 0.004, not at 0.734, which is the floor of smoothing
+    --beam=1        it takes the likeliest token each time? 99.6%: there is little doubt in numbers
+    .tril()         is left out in `decode`, so that a token sees those after it? The loss is as good, 0.733, and 0.0%
+                    are right ("zweiundundundundundneunzig"): it learnt to copy what is not there when it writes
+    `positions`     returns zeros? 24.6%: it knows the words, but not their places, and makes 38,578 of 78,538
 """
 
 import argparse
