@@ -95,13 +95,17 @@ def step_rows(found: dict[tuple, list[Measured]], size: str, device: str) -> Ite
 
 
 def generation_rows(found: dict[tuple, list[Measured]], size: str, device: str) -> Iterator[dict[str, Any]]:
+    read = found[("limits",)][0].found["read"] if ("limits",) in found else None
     for batch in SAMPLES:
         for mode in MODES:
             if ours := found.get(("generate", batch, mode), []):
+                limit = read and batch * read / ours[0].found["bytes"]  # a token of each sample reads all weights
+                share = {"limit": limit, "share": lambda speed, limit=limit: speed / limit} if limit else {}
                 sides = [side for side in ("nanoGPT", "hf") if ("generate", batch, side) in found] or [None]
                 for side in sides if mode == "graph" else sides[:1]:
                     name = f"generate {batch}, {mode}" + (f" ({side})" if side else "")
-                    yield row((name, size, device, "tokens/s"), ours, found.get(("generate", batch, side), []))
+                    theirs = found.get(("generate", batch, side), [])
+                    yield row((name, size, device, "tokens/s"), ours, theirs, **share)
 
 
 def time_to(target: float, command: list[Any], cwd: Any, deadline: float) -> float | None:

@@ -134,7 +134,8 @@ def write_tokens(
 ) -> dict[str, Any]:
     """Tokens per second that a model with random weights generates. `side`: hf, or the folder of a model.py.
 
-    `mode`, of our side: on a GPU eager, graph or compiled; on a CPU int8. `new`: tokens that are timed.
+    `mode`, of our side: on a GPU eager, graph or compiled; on a CPU int8. `new`: tokens that are timed. "bytes": of our
+    weights in products.
     """
     import torch
 
@@ -171,7 +172,8 @@ def write_tokens(
         if device != "cpu":
             torch.accelerator.synchronize()
     assert made == new
-    return {"value": batch * new / (time.perf_counter() - started)}
+    found = {"value": batch * new / (time.perf_counter() - started)}
+    return found | ({"bytes": model.num_params() * getattr(torch, dtype).itemsize} if ours else {})
 
 
 def time_tokens(dtype: str, device: str) -> dict[str, float]:
