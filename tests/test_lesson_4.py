@@ -1,6 +1,7 @@
 """lessons/4_attention.py against torch's own attention."""
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,13 @@ def test_steps_hold_on_other_numbers_and_print_shapes(lesson, capsys):
         lesson.queries_keys_values(x @ w[0], x @ w[1], x @ w[2])
         lesson.heads_and_order(x, w)
     out = capsys.readouterr().out
+    table = [
+        list(map(float, row)) for row in re.findall(r"^ +(4|16|64|256|1024) +(\S+) +(\S+) +(\S+) +(\S+)$", out, re.M)
+    ]
+    for D, variance, entropy, scaled_variance, scaled_entropy in table:
+        assert 0 < entropy < math.log(64) and (variance / D, scaled_variance) == pytest.approx((1, 1), rel=0.4)
+        assert scaled_entropy == pytest.approx(math.log(64) - 1 / 2, abs=0.15)  # of 64 normal scores of variance 1
+    assert len(table) % 5 == 0 and table[0][2] > 2 > 0.5 > table[4][2]
     for shape in ("(2, 8, 32)", "(8, 8)", "(2, 8, 8)", "(2, 4, 8, 8)"):
         assert shape in out
 
