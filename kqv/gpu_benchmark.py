@@ -16,6 +16,7 @@ from typing import Any
 
 from kqv import ROOT
 from kqv.benchmarks import SHAPES, loss_commands, vocabulary
+from kqv.errors import UserError
 from kqv.machine import peak_flops
 from kqv.measure import Measured, Program, limits, row
 from kqv.peers import time_steps, write_tokens
@@ -28,14 +29,22 @@ TARGET = 1.4697  # val loss on tiny Shakespeare: what nanoGPT publishes for its 
 
 
 def gpu(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Training steps, generation, and seconds to TARGET, each once. On a CPU nothing is compiled or trained to it."""
+    """Training steps, generation, and seconds to TARGET, each once. On a CPU nothing is compiled or trained to it.
+
+    Raises UserError if no program could measure.
+    """
     began, device, nanogpt = time.monotonic(), cfg.device, cfg.nanogpt
     layers = {key: SHAPES[size][key] for key in ("n_layer", "n_head", "n_embd")}
     shape = layers | {"vocab_size": vocabulary(size), "block_size": 1024 if device == "cuda" else 256}
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / "compiled")  # empty, and shared by all
 
     programs = start_all(shape, device, nanogpt, hf="hf" in cfg.peer)
-    ours, *theirs = loss_commands(cfg, work) if device == "cuda" else (None,)
+    ours, theirs = None, []
+    if device == "cuda":
+        try:
+            ours, *theirs = loss_commands(cfg, work)
+        except UserError as error:  # the text could not be downloaded
+            print(f"tiny Shakespeare: {error}", file=sys.stderr, flush=True)
     if theirs:  # its timed run finds its compiled code in the cache
         warm = [*theirs[0], "--max_iters=1", "--eval_iters=1", f"--out_dir={work / 'warm'}"]
         warming = subprocess.Popen(warm, cwd=nanogpt, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -50,6 +59,8 @@ def gpu(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterator[di
         print(f"{' '.join(map(str, key))}: {result}", file=sys.stderr, flush=True)
         if isinstance(result, dict):
             found[key] = [Measured("", [], 0, result.get("memory_mb", 0.0), result.get("value", 0.0), result)]
+    if not found:
+        raise UserError(f"device={device}: nothing could be measured; the reasons are above")
     yield from step_rows(found, size, device)
     yield from generation_rows(found, size, device)
 
