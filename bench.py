@@ -44,7 +44,9 @@ class Bench:
     ] = ("baby",)
     repeats: Annotated[int, "how many times each side runs"] = 3
     steps: Annotated[int | None, "iterations that train times in each run; None: some seconds' worth"] = None
-    device: Annotated[str, "auto | cpu | cuda | mps; loss: cpu, unless cuda is named"] = "auto"
+    device: Annotated[str, "auto | cpu | cuda | mps; loss: cpu, unless cuda is named; gpu: cuda, unless cpu is"] = (
+        "auto"
+    )
     threads: Annotated[int | None, "of both sides (OMP_NUM_THREADS); None: PyTorch's choice"] = None
     dtype: Annotated[Literal["float32", "bfloat16"], "of the weights of both sides in generate"] = "float32"
     quantize: Annotated[Literal["int8"] | None, "of our side in generate"] = None
@@ -62,9 +64,6 @@ class Bench:
             unknown = f"task {next(t for t in self.tasks if t not in TASKS)!r}" if self.tasks else "which task?"
             raise UserError(f"{unknown}: expected {' | '.join(TASKS)}")
         at_least(self, 1, "repeats", "steps", "threads", "megabytes")
-        if "gpu" in self.tasks:
-            self.device = "cuda" if self.device == "auto" else self.device
-            self.config = self.config or "configs/fast_shakespeare_char.py"
         if unknown := set(self.size) - set(SHAPES):
             raise UserError(f"size={min(unknown)!r}: expected {' | '.join(SHAPES)}")
         for peer in self.peer:

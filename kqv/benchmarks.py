@@ -196,18 +196,15 @@ def time_to_loss(name: str, command: list[Any], cwd: Any, work: Path, repeat: in
     return replace(measured, value=evaluated, found={"loss": float(re.search(r"val loss (\S+)", output)[1])})
 
 
-def loss_commands(cfg: Any, work: Path) -> list[list[Any]]:
-    """Prepare tiny Shakespeare; returns our command that trains on it, and the peer's if there is one."""
-    device = cfg.device if cfg.device.startswith("cuda") else "cpu"
-    kind = device.partition(":")[0]
-    recipe = cfg.config or OUR_LOSS[kind]
+def loss_commands(cfg: Any, work: Path, device: str, recipe: str) -> list[list[Any]]:
+    """Prepare tiny Shakespeare; returns our command that trains on it by `recipe`, and the peer's if there is one."""
     data, own = work / "shakespeare_char", [f"--data_dir={work}", "--dataset=shakespeare_char", f"--device={device}"]
     command = [sys.executable, ROOT / "prepare" / "shakespeare_char.py", f"--data_dir={work}"]
     run("prepare/shakespeare_char.py", command + ([f"--input={Path(cfg.input).resolve()}"] if cfg.input else []), work)
     write_meta_pkl(data, json.loads((data / "meta.json").read_text(encoding="utf-8"))["tokenizer"]["chars"])
     path = Path(recipe).resolve() if Path(recipe).is_file() else recipe
     ours = [sys.executable, ROOT / "train.py", path, *own, *shlex.split(cfg.flags)]
-    theirs = shlex.split(f"{PEER_LOSS[kind]} --device={device} {cfg.peer_flags}")
+    theirs = shlex.split(f"{PEER_LOSS[device.partition(':')[0]]} --device={device} {cfg.peer_flags}")
     return [ours, *([[sys.executable, "train.py", *theirs, f"--dataset={data}"]] if cfg.nanogpt else [])]
 
 
@@ -216,9 +213,10 @@ def loss(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterator[d
 
     Our train.py measures both losses on the whole validation split. Our runs differ in their seeds.
     """
-    kind = "cuda" if cfg.device.startswith("cuda") else "cpu"
+    device = cfg.device if cfg.device.startswith("cuda") else "cpu"
+    kind = device.partition(":")[0]
     recipe = cfg.config or OUR_LOSS[kind]
-    ours, *theirs = loss_commands(cfg, work)
+    ours, *theirs = loss_commands(cfg, work, device, recipe)
     a, b = in_turn(
         cfg.repeats,
         "loss (s: ours, peer)",

@@ -18,7 +18,7 @@ from kqv import ROOT
 from kqv.benchmarks import SHAPES, loss_commands, vocabulary
 from kqv.errors import UserError
 from kqv.machine import peak_flops
-from kqv.measure import Measured, Program, limits, row
+from kqv.measure import CHILD, Measured, Program, limits, row
 from kqv.peers import time_steps, write_tokens
 
 # seconds: until all programs are ready, for the timing of one, for all
@@ -33,7 +33,7 @@ def gpu(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterator[di
 
     Raises UserError if no program could measure.
     """
-    began, device, nanogpt = time.monotonic(), cfg.device, cfg.nanogpt
+    began, device, nanogpt = time.monotonic(), "cpu" if cfg.device == "cpu" else "cuda", cfg.nanogpt
     layers = {key: SHAPES[size][key] for key in ("n_layer", "n_head", "n_embd")}
     shape = layers | {"vocab_size": vocabulary(size), "block_size": 1024 if device == "cuda" else 256}
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(work / "compiled")  # empty, and shared by all
@@ -42,7 +42,7 @@ def gpu(cfg: Any, size: str, work: Path, machine: dict[str, Any]) -> Iterator[di
     ours, theirs = None, []
     if device == "cuda":
         try:
-            ours, *theirs = loss_commands(cfg, work)
+            ours, *theirs = loss_commands(cfg, work, device, cfg.config or "configs/fast_shakespeare_char.py")
         except UserError as error:  # the text could not be downloaded
             print(f"tiny Shakespeare: {error}", file=sys.stderr, flush=True)
     if theirs:  # its timed run finds its compiled code in the cache
@@ -128,7 +128,7 @@ def time_to(target: float, command: list[Any], cwd: Any, deadline: float) -> flo
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        env=os.environ | CHILD,
     ) as child:
         timer = threading.Timer(max(0, deadline - began), child.kill)
         timer.start()

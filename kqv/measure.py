@@ -20,6 +20,9 @@ from kqv import ROOT
 from kqv.errors import UserError
 from kqv.machine import cpu_name, resolve_device
 
+# for child processes: the first keeps __pycache__ out of the peer's checkout, the second makes lines arrive at once
+CHILD = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+
 
 @dataclass
 class Measured:
@@ -38,8 +41,7 @@ def run(name: str, command: list[Any], cwd: Any, whole_tree: bool = False, **env
 
     Peak memory is the process's own; with `whole_tree`, on systems with /proc, that of its children too.
     """
-    # the first keeps __pycache__ out of the peer's checkout, the second makes lines arrive at once
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"} | environment
+    environment = os.environ | CHILD | environment
     lines, arrived = [], []
     with tempfile.TemporaryFile() as err:
         started = time.perf_counter()
@@ -82,13 +84,17 @@ def sample_memory(pid: int, ended: threading.Event, samples: list[int]) -> None:
         samples.append(total)
 
 
-def call(name: str, function: Callable[..., dict], cwd: Path, whole_tree: bool = False, **arguments: Any) -> Measured:
-    """Run one of our functions in a child process: `found` is the dict it returns, `value` its "value"."""
+def command_of(function: Callable[..., dict], arguments: dict[str, Any], more: str = "") -> list[str]:
+    """The command that calls one of our functions and prints its dict; `more`: arguments that JSON cannot hold."""
     code = "import sys, json; sys.path.insert(0, sys.argv[1]); "
     code += f"from {function.__module__} import {function.__name__} as function; "
-    code += "print(json.dumps(function(**json.loads(sys.argv[2]))))"
-    command = [sys.executable, "-c", code, ROOT, json.dumps(arguments)]
-    measured = run(name, command, cwd, whole_tree)
+    code += f"print(json.dumps(function(**json.loads(sys.argv[2]), {more})))"
+    return [sys.executable, "-c", code, str(ROOT), json.dumps(arguments)]
+
+
+def call(name: str, function: Callable[..., dict], cwd: Path, whole_tree: bool = False, **arguments: Any) -> Measured:
+    """Run one of our functions in a child process: `found` is the dict it returns, `value` its "value"."""
+    measured = run(name, command_of(function, arguments), cwd, whole_tree)
     found = json.loads(measured.output.splitlines()[-1])
     return replace(measured, found=found, value=found.get("value", math.nan))
 
@@ -100,17 +106,14 @@ class Program:
     """
 
     def __init__(self, function: Callable[..., dict], **arguments: Any):
-        code = "import sys, json; from pathlib import Path; sys.path.insert(0, sys.argv[1]); "
-        code += f"from {function.__module__} import {function.__name__} as function; "
-        code += "ready = lambda: (Path(sys.argv[3]).touch(), sys.stdin.readline()); "
-        code += "print(json.dumps(function(ready=ready, **json.loads(sys.argv[2]))))"
         self.folder = tempfile.TemporaryDirectory(prefix="kqv-bench-")
         self.is_ready, self.log = Path(self.folder.name, "ready"), Path(self.folder.name, "log")
-        command = [sys.executable, "-c", code, str(ROOT), json.dumps(arguments), str(self.is_ready)]
+        command = command_of(function, arguments, f"ready=lambda: (open({str(self.is_ready)!r}, 'x'), input())")
         with self.log.open("w", encoding="utf-8") as err:
             pipe = subprocess.PIPE
-            environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-            self.child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=err, text=True, env=environment)
+            self.child = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=err, text=True, env=os.environ | CHILD
+            )
 
     def wait(self, deadline: float) -> None:
         """Wait until it is ready or has ended, at most to `deadline` on the monotonic clock."""

@@ -255,7 +255,9 @@ def main(arguments: list[str] | None = None) -> float:
             tokens = byte_pairs(sources[: -args.held_out] + targets[: -args.held_out], args.vocab_size)
         else:
             (sources, targets), tokens = numbers(20_000 + args.held_out, torch.default_generator), number_tokens
-    except (ImportError, OSError, UnicodeDecodeError) as error:
+    except ImportError as error:
+        parser.error(f"this needs the package {error.name}: pip install {error.name}")
+    except (OSError, UnicodeDecodeError) as error:
         parser.error(str(error))
     if not args.held_out < len(sources) == len(targets):
         parser.error(f"{len(sources)} and {len(targets)} lines: expected as many, and more than --held_out")
@@ -276,7 +278,8 @@ def main(arguments: list[str] | None = None) -> float:
     model.eval()
     written = [[names[i] for i in translate(model, encode(text), args.beam)] for text in sources[n:]]
     written = ["".join(tokens).replace(SPACE, " ").strip() for tokens in written]
-    print(*(f"  {source} -> {text}" for source, text in list(zip(sources[n:], written, strict=True))[:3]), sep="\n")
+    for source, text in list(zip(sources[n:], written, strict=True))[:3]:
+        print(f"  {source} -> {text}")
     source = encode(sources[n] if args.source else "four hundred and twenty-one")
     target = translate(model, source, args.beam)
     with torch.no_grad():

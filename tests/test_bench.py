@@ -226,8 +226,6 @@ def test_prepare_alone(command, gpt2_bpe):
     assert row["ours"] > 0 and row["peer"] is row["ratio"] is row["limit"] is None
 
 
-# -- the real thing, small ---------------------------------------------------------------------------------------------
-
 # -- gpu: programs that get ready side by side -------------------------------------------------------------------------
 
 
@@ -268,6 +266,8 @@ def test_time_to_a_loss(tmp_path):
     assert 0 < gpu_benchmark.time_to(1.5, [*command, "sleep"], tmp_path, in_a_minute) < 50
     assert gpu_benchmark.time_to(1.4, [*command, "sleep"], tmp_path, time.monotonic() + 2) is None
 
+
+# -- the real thing, small ---------------------------------------------------------------------------------------------
 
 # calls `datasets` as nanoGPT's data/openwebtext/prepare.py does, and prints the number of tokens
 OPENWEBTEXT = """
