@@ -19,13 +19,7 @@ Held-out accuracy of seed 1 (seeds 1 to 5), and CPU time on two cores of a serve
     python lessons/1_network.py                  97.22% (96.39 to 97.78)   4 s   scikit-learn's 1,797 digits of 8 x 8
     python lessons/1_network.py --data=FOLDER    93.30% (93.20 to 94.50)  10 s   9,000 of MNIST's, 1,000 others held out
 
-FOLDER holds MNIST's or Fashion-MNIST's four IDX files, gzipped or not. What if, with scikit-learn's digits, ...
-
-    --hidden=              there is no hidden layer? 95.28%. With --picture, each unit shows what it takes for its digit
-    --eta=0.1, --eta=30    steps are short, long? 82.22%; 8.89%, because every sigmoid is driven to where it is flat
-    --hidden=100           the layer is wider? 97.50%, but 58.33% with rng.normal(0, 1, ...), which is chapter 1's start
-    activations[-1] - y    is all of (BP1)? The gradient check says 0.6, yet it learns: 96.94%. This is the gradient of
-                           another cost, the cross-entropy of chapter 3, by which GPTs learn too
+FOLDER holds MNIST's or Fashion-MNIST's four IDX files, gzipped or not.
 """
 
 import argparse

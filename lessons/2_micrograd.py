@@ -14,13 +14,6 @@ units are relu, and the cost is the hinge loss, with a penalty on large weights.
 
     python lessons/2_micrograd.py    100% of 100 points (seeds 1 to 5: 97% to 100%), 99.6% of 500 new ones; 25 s on
                                      two cores of a server CPU (AMD EPYC), of which it uses one
-
-What if ...
-
-    --hidden=                 there is no hidden layer? The border is a straight line: 85%
-    z_j.tanh()                takes the place of z_j.relu()? 99%
-    parent.grad = local ...   has lost its +, so only one use of each value counts? dg/da = -7.0000, and the moons 30%
-    p.grad = 0.0              is left out, so the gradients of all steps add up? The loss grows, to 572 at step 90
 """
 
 from __future__ import annotations

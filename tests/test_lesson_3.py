@@ -65,6 +65,23 @@ def test_windows_are_the_last_letters(lesson):
     assert lesson.windows(p, torch.tensor([[0, 3, 4, 2]])).tolist() == [[[0, 0, 0], [0, 0, 3], [0, 3, 4], [3, 4, 2]]]
 
 
+def test_mlp_heads_and_biases_are_torchs(lesson):
+    idx = torch.randint(27, (3, 10))
+    for name in ("mlp", "batchnorm", "gru"):
+        p = lesson.init(name, 27, 10)
+        for key in ("b1", "b2", "bx"):
+            if key in p:
+                p[key].data.normal_()  # training cannot tell + b from - b
+        if name == "gru":
+            h = lesson.states(p, F.embedding(idx, p["wte"]))
+        elif name == "mlp":
+            h = torch.tanh(F.linear(lesson.windows(p, idx), p["W1"].T, p["b1"]))
+        else:
+            z = F.linear(lesson.windows(p, idx), p["W1"].T).flatten(0, 1)
+            h = torch.tanh(F.batch_norm(z, p["mean"], p["var"], p["gain"], p["b1"])).view(3, 10, -1)
+        torch.testing.assert_close(lesson.MODELS[name][0](p, idx), F.linear(h, p["W2"].T, p["b2"]))
+
+
 def test_batch_norm_is_torchs(lesson):
     p = lesson.init("batchnorm", 27, 10)
     H = lesson.HIDDEN
@@ -73,7 +90,7 @@ def test_batch_norm_is_torchs(lesson):
         for ours, theirs in ((p["gain"], peer.weight), (p["b1"], peer.bias)):
             theirs.copy_(ours.normal_())
     for _ in range(3):
-        h = (torch.randn(50, H) * 3 + 1).requires_grad_()
+        h = (torch.randn(50, H) * 0.01 + 0.01).requires_grad_()  # so small that the 1e-5 added to the variance shows
         ours, theirs = lesson.normalise(p, h, training=True), peer(h)
         torch.testing.assert_close(ours, theirs)
         downstream = torch.randn_like(h)
@@ -111,6 +128,12 @@ def test_attention_is_torchs(lesson):
     q, k, v = (x @ peer.in_proj_weight.T).view(4, 9, 3, lesson.H, -1).permute(2, 0, 3, 1, 4)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.testing.assert_close(ours, y.transpose(1, 2).flatten(2) @ peer.out_proj.weight.T)
+
+    p, idx = lesson.init("attention", 27, 9), torch.randint(27, (4, 9))
+    p |= {"qkv": peer.in_proj_weight.T, "proj": peer.out_proj.weight.T}
+    x = F.embedding(idx, p["wte"]) + p["wpe"]
+    y = x + peer(x, x, x, attn_mask=mask)[0]
+    torch.testing.assert_close(lesson.attention(p, idx), F.linear(y, p["head"].T), atol=1e-4, rtol=1e-4)
 
 
 def test_transformer_is_torchs(lesson):
@@ -219,6 +242,7 @@ def test_command_line(lesson, capsys, tmp_path):
     stops.write_text("\n".join(f"word.{i}" for i in range(20)))
     binary.write_bytes(b"\xff\xfe\x00" * 50)
     wrong = [f"--words={file}" for file in (tmp_path / "missing", tmp_path, few, stops, binary)]
+    wrong += [f"--picture={tmp_path}/none/loss.png", "--picture=loss.doc"]
     for argument in [*wrong, "--models=mlp,lstm", "--steps=0", "--seed=x"]:
         with pytest.raises(SystemExit) as stop:
             lesson.main([argument])

@@ -196,6 +196,7 @@ def test_files_are_learnt_with_byte_pairs(tmp_path, capsys):
     assert "BLEU" in capsys.readouterr().out
     wrong = {"are needed together": files[:1], "more than --held_out": [*files, "--held_out=60"]}
     wrong |= {"nowhere": ["--source=nowhere", "--target=nowhere"], "multiple of 2 h": ["--h=5"]}
+    wrong |= {"a .png file": ["--picture=map.doc"], "that exists": [f"--picture={tmp_path}/none/map.png"]}
     for message, options in wrong.items():
         with pytest.raises(SystemExit) as stop:
             lesson.main(options)
