@@ -51,6 +51,7 @@ from kqv.distributed import (
     shard,
     uncompile,
 )
+from kqv.dropout import use_fast_dropout
 from kqv.evaluate import check_finite, evaluate_splits
 from kqv.log import Clock, Log, Pace
 from kqv.lora import merged_weights, weights_to_save
@@ -268,6 +269,7 @@ def main(cfg: TrainConfig, origin: dict[str, str], stop: StopRequests | None = N
     check_strategy(cfg.strategy, dtype_name)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     attention = use_attention(bare, cfg.attention, device, dtype)
+    use_fast_dropout(bare, device)
     if cfg.activation_checkpointing:
         recompute_activations(bare)
     separator = dataset.end_of_text() if cfg.document_mask else None

@@ -1,4 +1,4 @@
-"""Which attention is the fastest on a device; and one for training on CPUs in 16 bits, made of matrix products."""
+"""Which attention is the fastest on a device; and one for training on CPUs, made of matrix products."""
 
 import math
 
@@ -15,11 +15,12 @@ def use_attention(model: nn.Module, wanted: str, device: torch.device, dtype: to
     """Put in the attention to train with; returns which: "sdpa", "explicit" (the model's own) or "chunked".
 
     `wanted` is one of those, or "auto", the fastest. On CPUs the backward pass of PyTorch's fused kernel is slow in 16
-    bits: it takes two to four times as long as the products of which it consists.
+    bits: it takes two to four times as long as the products of which it consists. And there it knows no dropout:
+    PyTorch then takes the steps one by one, with its own dropout.
     """
     if wanted == "auto":
-        slow = device.type == "cpu" and dtype != torch.float32 and model.config.block_size <= LONGEST
-        wanted = "chunked" if slow else "sdpa"
+        slow = dtype != torch.float32 or model.config.dropout > 0
+        wanted = "chunked" if device.type == "cpu" and slow and model.config.block_size <= LONGEST else "sdpa"
     if wanted == "chunked":
         for block in model.transformer.h:
             block.attn.attention = chunked_attention

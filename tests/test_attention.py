@@ -56,18 +56,20 @@ def test_dropout_drops_weights():
 
 
 @pytest.mark.parametrize(
-    "wanted, device, dtype, block_size, chosen",
+    "wanted, device, dtype, block_size, dropout, chosen",
     [
-        ("auto", "cpu", torch.bfloat16, 64, "chunked"),
-        ("auto", "cpu", torch.bfloat16, LONGEST + 1, "sdpa"),
-        ("auto", "cpu", torch.float32, 64, "sdpa"),
-        ("auto", "cuda", torch.bfloat16, 64, "sdpa"),
-        ("chunked", "cpu", torch.float32, 64, "chunked"),
-        ("sdpa", "cpu", torch.bfloat16, 64, "sdpa"),
+        ("auto", "cpu", torch.bfloat16, 64, 0.0, "chunked"),
+        ("auto", "cpu", torch.bfloat16, LONGEST + 1, 0.0, "sdpa"),
+        ("auto", "cpu", torch.float32, 64, 0.0, "sdpa"),
+        ("auto", "cpu", torch.float32, 64, 0.1, "chunked"),
+        ("auto", "cpu", torch.float32, LONGEST + 1, 0.1, "sdpa"),
+        ("auto", "cuda", torch.bfloat16, 64, 0.1, "sdpa"),
+        ("chunked", "cpu", torch.float32, 64, 0.0, "chunked"),
+        ("sdpa", "cpu", torch.bfloat16, 64, 0.0, "sdpa"),
     ],
 )
-def test_the_fastest_is_chosen(wanted, device, dtype, block_size, chosen):
-    model = GPT(GPTConfig(vocab_size=8, block_size=block_size, n_layer=1, n_head=2, n_embd=8))
+def test_the_fastest_is_chosen(wanted, device, dtype, block_size, dropout, chosen):
+    model = GPT(GPTConfig(vocab_size=8, block_size=block_size, n_layer=1, n_head=2, n_embd=8, dropout=dropout))
     assert use_attention(model, wanted, torch.device(device), dtype) == chosen
     used = model.transformer.h[0].attn.attention
     assert used is (chunked_attention if chosen == "chunked" else sdpa_attention)
