@@ -207,9 +207,13 @@ def byte_pairs(texts: list[str], vocab_size: int) -> Callable[[str], list[str]]:
     return lambda text: bpe.encode(text).tokens[:100]
 
 
-def show(A: Tensor, written: list[str], source: list[str], picture: str | None) -> None:
-    """Print the cross-attention A (T, S), and draw it: a row for each token written, a column for each to read."""
-    print("\nwhere each token written looks, in percent\n\n" + " " * 12 + "".join(f"{token:>9}" for token in source))
+@torch.no_grad()
+def show(model: Transformer, source: list[int], target: list[int], names: list[str], picture: str | None) -> None:
+    """Print the cross-attention, and draw it: a row for each token written, a column for each to read."""
+    model(torch.tensor([source]), torch.tensor([[START, *target[:-1]]]))  # row t of A writes token t
+    A = model.decoder[-1].cross_attention.A[0].mean(dim=0)[: len(target)]  # (T, S), mean of the heads
+    read, written = [names[i] for i in source], [names[i] for i in target]
+    print("\nwhere each token written looks, in percent\n\n" + " " * 12 + "".join(f"{token:>9}" for token in read))
     for token, shares in zip(written, (100 * A).round().int().tolist(), strict=True):
         print(f"{token:>12}" + "".join(f"{share if share >= 5 else '.':>9}" for share in shares))
     if picture:
@@ -218,7 +222,7 @@ def show(A: Tensor, written: list[str], source: list[str], picture: str | None) 
         figure = Figure(layout="constrained")
         axes = figure.subplots()
         axes.imshow(A.numpy(), cmap="Blues", vmin=0, vmax=1)
-        axes.set_xticks(range(len(source)), source, rotation=90)
+        axes.set_xticks(range(len(read)), read, rotation=90)
         axes.set_yticks(range(len(written)), written)
         figure.savefig(picture, dpi=150)
 
@@ -278,11 +282,7 @@ def main(arguments: list[str] | None = None) -> float:
     for source, text in list(zip(sources[n:], written, strict=True))[:3]:
         print(f"  {source} -> {text}")
     source = encode(sources[n] if args.source else "four hundred and twenty-one")
-    target = translate(model, source, args.beam)
-    with torch.no_grad():
-        model(torch.tensor([source]), torch.tensor([[START, *target[:-1]]]))  # row t of A wrote token t
-    A = model.decoder[-1].cross_attention.A[0].mean(dim=0)[: len(target)]  # (T, S), mean of the heads
-    show(A, [names[i] for i in target], [names[i] for i in source], args.picture)
+    show(model, source, translate(model, source, args.beam), names, args.picture)
     exact = 100 * sum(a == b for a, b in zip(written, targets[n:], strict=True)) / args.held_out
     print(f"\n{exact:.1f}% of {args.held_out} held-out translations are right to the letter")
     if args.source:
