@@ -15,8 +15,8 @@ def use_attention(model: nn.Module, wanted: str, device: torch.device, dtype: to
     """Put in the attention to train with; returns which: "sdpa", "explicit" (the model's own) or "chunked".
 
     `wanted` is one of those, or "auto", the fastest. On CPUs the backward pass of PyTorch's fused kernel is slow in 16
-    bits: it takes two to four times as long as the products of which it consists. And there it knows no dropout:
-    PyTorch then takes the steps one by one, with its own dropout.
+    bits: it takes two to four times as long as the products of which it consists. With dropout PyTorch does not use
+    that kernel on CPUs, but computes step by step, with its own slower dropout.
     """
     if wanted == "auto":
         slow = dtype != torch.float32 or model.config.dropout > 0
