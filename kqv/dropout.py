@@ -14,7 +14,7 @@ class FastDropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         # torch.compile merges its own dropout with what stands beside it
-        if not self.training or self.p == 0 or torch.compiler.is_compiling():
+        if not self.training or torch.compiler.is_compiling():
             return super().forward(x)
         dropped = min(round(self.p * LEVELS), LEVELS - 1)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits are random
@@ -28,5 +28,5 @@ def use_fast_dropout(model: nn.Module, device: torch.device) -> None:
     if device.type == "cpu":
         for module in list(model.modules()):
             for name, child in module.named_children():
-                if isinstance(child, nn.Dropout):
+                if isinstance(child, nn.Dropout) and child.p > 0:
                     setattr(module, name, FastDropout(child.p))

@@ -33,7 +33,6 @@ import math
 import re
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -245,10 +244,10 @@ def main(arguments: list[str] | None = None) -> float:
         parser.error("--source and --target are needed together")
     if args.picture and not (args.picture.endswith(".png") and Path(args.picture).parent.is_dir()):
         parser.error(f"--picture={args.picture}: expected a .png file in a folder that exists")
-    if args.picture and find_spec("matplotlib") is None:
-        parser.error("--picture needs matplotlib: pip install matplotlib")
     torch.manual_seed(args.seed)
     try:
+        if args.picture:
+            import matplotlib  # noqa: F401  before minutes of learning
         if args.source:
             from sacrebleu import corpus_bleu
 

@@ -89,8 +89,8 @@ def test_batch_norm_is_torchs(lesson):
     with torch.no_grad():
         for ours, theirs in ((p["gain"], peer.weight), (p["b1"], peer.bias)):
             theirs.copy_(ours.normal_())
-    for _ in range(3):
-        h = (torch.randn(50, H) * 0.01 + 0.01).requires_grad_()  # so small that the 1e-5 added to the variance shows
+    for scale in (3, 0.01, 3):  # at 0.01 the 1e-5 that is added to the variance shows
+        h = (torch.randn(50, H) * scale + scale / 3).requires_grad_()
         ours, theirs = lesson.normalise(p, h, training=True), peer(h)
         torch.testing.assert_close(ours, theirs)
         downstream = torch.randn_like(h)
