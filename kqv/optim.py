@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Iterable
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -56,11 +57,15 @@ class Muon(torch.optim.Optimizer):
     found_inf: Tensor | None = None
 
     def __init__(self, matrices: list[Tensor], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype):
-        self.shapes = list(dict.fromkeys(matrix.shape for matrix in matrices))
-        groups = [{"params": [matrix for matrix in matrices if matrix.shape == shape]} for shape in self.shapes]
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        shapes = dict.fromkeys(matrix.shape for matrix in matrices)
+        same_shape = [[matrix for matrix in matrices if matrix.shape == shape] for shape in shapes]
+        super().__init__(
+            [{"params": group} for group in same_shape], {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        )
         self.dtype = dtype
-        self.matrices = [matrix for group in groups for matrix in group["params"]]
+        same_shape.sort(key=lambda group: smaller_side(group[0]))  # in the memory; in checkpoints as they come
+        self.matrices = [matrix for group in same_shape for matrix in group]
+        self.stacks = [torch.empty(len(group), *group[0].shape, device="meta") for group in same_shape]  # the shapes
         self.momentum = matrices[0].new_zeros(sum(matrix.numel() for matrix in matrices))  # of all, one after the other
         self.point_states_at_momentum()
 
@@ -81,24 +86,17 @@ class Muon(torch.optim.Optimizer):
         lr, momentum = settings["lr"], settings["momentum"]
         gradient = flatten([matrix.grad for matrix in self.matrices])  # (N)
         if self.found_inf is not None:  # a bad step changes nothing; decided on the device, without waiting for it
-            bad = self.found_inf > 0
-            torch.where(bad, self.momentum, gradient, out=gradient)
-            lr = lr * ~bad
+            good = self.found_inf == 0
+            torch.where(good, gradient, self.momentum, out=gradient)
+            lr = lr * good
         self.momentum.lerp_(gradient, 1 - momentum)
         update = gradient.lerp_(self.momentum, momentum)  # Nesterov momentum
-        sizes = [
-            len(group["params"]) * shape.numel() for group, shape in zip(self.param_groups, self.shapes, strict=True)
-        ]
-        stacks = [part.view(-1, *shape) for part, shape in zip(update.split(sizes), self.shapes, strict=True)]
-        for stack in stacks:  # (n, rows, columns)
-            tall = stack.size(1) > stack.size(2)
-            x = stack.mT if tall else stack
-            x.copy_(orthogonalize(x, self.dtype))
-            if tall:
-                stack *= math.sqrt(stack.size(1) / stack.size(2))
-        update *= -lr
+        stacks = unflatten(update.to(self.dtype), self.stacks)  # (n, rows, columns) each
+        stacks = [x for _, same_side in groupby(stacks, smaller_side) for x in orthogonalize(list(same_side))]
+        torch._foreach_mul_(stacks, [math.sqrt(max(1, x.size(1) / x.size(2))) for x in stacks])
+        update = flatten(stacks).float() * lr  # (N)
         torch._foreach_mul_(self.matrices, 1 - lr * settings["weight_decay"])
-        torch._foreach_add_(self.matrices, unflatten(update, self.matrices))
+        torch._foreach_sub_(self.matrices, unflatten(update, self.matrices))
 
 
 # (a, b, c) of each step of the Polar Express (Amsel et al. 2025, arXiv:2505.16932). Together they map singular values
@@ -112,19 +110,34 @@ POLAR_EXPRESS = (
 SAFETY = 1.01
 
 
-def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Replace the singular values of each matrix (n, rows, columns) by about 1, without computing them; in `dtype`.
+def smaller_side(matrices: Tensor) -> int:
+    return min(matrices.shape[-2:])
 
-    Each step applies p(x) = a x + b x^3 + c x^5 to all singular values at once, by matrix products alone. They are
-    fewest if no matrix is taller than wide.
+
+def is_tall(matrices: Tensor) -> bool:
+    return matrices.size(-2) > matrices.size(-1)
+
+
+def orthogonalize(stacks: list[Tensor]) -> list[Tensor]:
+    """Replace the singular values of each matrix by about 1, without computing them; in the dtype of the stacks.
+
+    stacks: (n, rows, columns) each, with one smaller side, M, for all. A step maps all singular values at once by
+    p(x) = a x + b x^3 + c x^5. That is X -> P X with P = a I + b G + c G^2, and G = X X^T -> P G P. So two steps need
+    two products with X, and otherwise those of matrices (M, M). Before the next two, G is computed from X again,
+    because each step makes rounding errors of G larger.
     """
-    x = matrices.to(dtype)
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
-    for a, b, c in POLAR_EXPRESS:
-        a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
-        gram = torch.bmm(x, x.mT)  # (n, rows, rows)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
+    stacks = [x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7) for x in stacks]  # no singular value above 1
+    steps = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in POLAR_EXPRESS]
+    for (a, b, c), (d, e, f) in zip(steps[::2], steps[1::2], strict=True):
+        gram = torch.cat([x.mT @ x if is_tall(x) else x @ x.mT for x in stacks])  # G (N, M, M)
+        first = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # P - a I
+        half = torch.baddbmm(gram, first, gram, beta=a)  # P G
+        gram = torch.baddbmm(half, half, first, beta=a)  # P G P
+        second = torch.baddbmm(gram, gram, gram, beta=e, alpha=f)  # Q - d I, for the second step's Q
+        first.diagonal(dim1=1, dim2=2).add_(a)  # P
+        both = torch.baddbmm(first, second, first, beta=d).split([len(x) for x in stacks])  # Q P
+        stacks = [x @ qp if is_tall(x) else qp @ x for x, qp in zip(stacks, both, strict=True)]
+    return stacks
 
 
 def make_optimizers(model: nn.Module, cfg: TrainConfig, dtype: torch.dtype) -> dict[str, torch.optim.Optimizer]:

@@ -91,22 +91,23 @@ assert "torch._dynamo" not in sys.modules
 
 def matrices_and_gradients(steps: int) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
     draw = torch.Generator().manual_seed(0)
-    shapes = [(48, 16), (16, 16), (16, 64), (48, 16), (16, 64)]
+    shapes = [(48, 16), (16, 16), (8, 16), (16, 64), (48, 16), (16, 64), (16, 4)]
     first = [torch.randn(shape, generator=draw) for shape in shapes]
     return first, [[torch.randn(shape, generator=draw) for shape in shapes] for _ in range(steps)]
 
 
-JORDAN = (3.4445, -4.775, 2.0315)  # the coefficients of torch.optim.Muon, for each of five steps
+JORDAN = (3.4445, -4.775, 2.0315)  # the coefficients of torch.optim.Muon, for each step
 
 
-def test_muon_with_pytorchs_coefficients_is_pytorchs_but_for_rounding(monkeypatch):
-    monkeypatch.setattr("kqv.optim.POLAR_EXPRESS", 5 * (JORDAN,))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_with_pytorchs_coefficients_is_pytorchs_but_for_rounding(monkeypatch, dtype):
+    monkeypatch.setattr("kqv.optim.POLAR_EXPRESS", 6 * (JORDAN,))
     monkeypatch.setattr("kqv.optim.SAFETY", 1)
     first, gradients = matrices_and_gradients(steps=5)
     ours, theirs = ([matrix.clone().requires_grad_() for matrix in first] for _ in range(2))
     optimizers = (
-        Muon(ours, lr=0.02, momentum=0.9, weight_decay=0.1, dtype=torch.bfloat16),
-        torch.optim.Muon(theirs, lr=0.02, momentum=0.9, weight_decay=0.1, nesterov=True),
+        Muon(ours, lr=0.02, momentum=0.9, weight_decay=0.1, dtype=dtype),
+        torch.optim.Muon(theirs, lr=0.02, momentum=0.9, weight_decay=0.1, nesterov=True, ns_steps=6),
     )
     for gradient in gradients:
         for matrices, optimizer in zip((ours, theirs), optimizers, strict=True):
@@ -115,7 +116,7 @@ def test_muon_with_pytorchs_coefficients_is_pytorchs_but_for_rounding(monkeypatc
             optimizer.step()
     for start, a, b in zip(first, ours, theirs, strict=True):
         moved = (b - start).norm()
-        assert moved > 0.1 and (a - b).norm() < 0.02 * moved  # both round to 8 bits of mantissa, at different places
+        assert moved > 0.1 and (a - b).norm() < 0.025 * moved  # PyTorch's rounds to 8 bits of mantissa in each product
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 50), (2, 50, 20), (1, 32, 32)])
@@ -127,7 +128,8 @@ def test_orthogonalized_matrices_keep_their_directions_and_have_singular_values_
     for a, b, c in POLAR_EXPRESS:  # the same polynomials applied to the singular values
         s = a * (s / SAFETY) + b * (s / SAFETY) ** 3 + c * (s / SAFETY) ** 5
     expected = u @ torch.diag_embed(s) @ v
-    torch.testing.assert_close(orthogonalize(matrices, torch.float32), expected, atol=1e-4, rtol=1e-4)
+    (ours,) = orthogonalize([matrices])
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
     assert ((s > 0.4) & (s < 1.6))[far].all()
 
 
