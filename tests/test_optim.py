@@ -91,7 +91,7 @@ assert "torch._dynamo" not in sys.modules
 
 def matrices_and_gradients(steps: int) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
     draw = torch.Generator().manual_seed(0)
-    shapes = [(48, 16), (16, 16), (8, 16), (16, 64), (48, 16), (16, 64), (16, 4)]
+    shapes = [(48, 16), (16, 16), (8, 16), (16, 64), (48, 16), (16, 64), (16, 8)]
     first = [torch.randn(shape, generator=draw) for shape in shapes]
     return first, [[torch.randn(shape, generator=draw) for shape in shapes] for _ in range(steps)]
 
@@ -99,8 +99,8 @@ def matrices_and_gradients(steps: int) -> tuple[list[torch.Tensor], list[list[to
 JORDAN = (3.4445, -4.775, 2.0315)  # the coefficients of torch.optim.Muon, for each step
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_muon_with_pytorchs_coefficients_is_pytorchs_but_for_rounding(monkeypatch, dtype):
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 0.015), (torch.bfloat16, 0.025)])
+def test_muon_with_pytorchs_coefficients_is_pytorchs_but_for_rounding(monkeypatch, dtype, bound):
     monkeypatch.setattr("kqv.optim.POLAR_EXPRESS", 6 * (JORDAN,))
     monkeypatch.setattr("kqv.optim.SAFETY", 1)
     first, gradients = matrices_and_gradients(steps=5)
@@ -116,7 +116,7 @@ def test_muon_with_pytorchs_coefficients_is_pytorchs_but_for_rounding(monkeypatc
             optimizer.step()
     for start, a, b in zip(first, ours, theirs, strict=True):
         moved = (b - start).norm()
-        assert moved > 0.1 and (a - b).norm() < 0.025 * moved  # PyTorch's rounds to 8 bits of mantissa in each product
+        assert moved > 0.1 and (a - b).norm() < bound * moved  # PyTorch's rounds to 8 bits of mantissa in each product
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 50), (2, 50, 20), (1, 32, 32)])
