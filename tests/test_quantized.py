@@ -52,6 +52,24 @@ def test_a_single_sample_in_float32_is_read_by_the_library_that_reads_faster(mon
     assert torch.equal(cached, whole)
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_every_part_of_a_block_works_after_packing(quantize):
+    if quantize and "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("not an x86 CPU")
+    parts = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True, "short_conv": 2, "n_kv_head": 2}
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=301, n_layer=2, n_head=4, n_embd=64, **parts)).eval()
+    idx = torch.randint(301, (1, 20))
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with torch.inference_mode():
+        plain = model(idx)[0]
+        pack(model, 1, quantize)
+        packed = model(idx)[0]
+    assert (packed - plain).norm() < (0.05 if quantize else 1e-6) * plain.norm()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, weights[name])
+
+
 @pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="not an x86 CPU")
 def test_int8_weights_are_within_half_a_step_and_logits_within_five_percent():
     torch.manual_seed(0)
