@@ -351,6 +351,8 @@ def test_the_gpu_benchmark_goes_on_if_a_program_fails(command, tmp_path):
         "generate 10, graph": ("tokens/s", True),
     }
     assert all(row["ours"] > 0 for row in found) and 0 < found[0]["share_of_limit"] < 2
+    one, ten = found[2:]
+    assert ten["limit"] == pytest.approx(10 * one["limit"])  # ten samples read the same weights
 
 
 @pytest.mark.slow
