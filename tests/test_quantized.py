@@ -38,6 +38,7 @@ def test_packed_products_are_the_plain_ones(dtype, tolerance):
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 @pytest.mark.parametrize("vendor, kind", [("AuthenticAMD", PackedLinear), ("GenuineIntel", torch.nn.Linear)])
 def test_a_single_sample_in_float32_is_read_by_the_library_that_reads_faster(monkeypatch, vendor, kind):
+    by_columns = kind is torch.nn.Linear and torch.backends.mkl.is_available()
     monkeypatch.setattr("kqv.quantized.cpu_words", lambda: {vendor})
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=301, n_layer=2, n_head=4, n_embd=64)).eval()
@@ -46,6 +47,7 @@ def test_a_single_sample_in_float32_is_read_by_the_library_that_reads_faster(mon
         plain = model(idx)[0]
         pack(model, batch_size=1)
         assert type(model.lm_head) is kind
+        assert model.lm_head.weight.mT.is_contiguous() is by_columns
         torch.testing.assert_close(model(idx)[0], plain)
         cached = torch.cat(list(model.generate(idx, 10, [torch.Generator()], temperature=0)), dim=1)
         whole = torch.cat(list(model.generate(idx, 10, [torch.Generator()], temperature=0, kv_cache=False)), dim=1)
