@@ -22,7 +22,7 @@ from pathlib import Path
 
 from kqv.cli import parse_command_line
 from kqv.errors import UserError, one_line_errors
-from kqv.machine import limit_spinning, resolve_device, resolve_dtype
+from kqv.machine import generation_dtype, limit_spinning, resolve_device
 from kqv.settings import SampleConfig
 
 # Parsed before torch is imported, so that --help and a misspelt setting are answered at once.
@@ -103,8 +103,9 @@ def make_fast(model: GPT, cfg: SampleConfig, batch_size: int) -> Callable[..., I
     """Move the model to its device and dtype and speed it up; returns GPT.generate, or a faster one."""
     device = resolve_device(cfg.device)
     # the 8-bit weights are rounded from float32, not from 16-bit numbers
-    work = 30 * batch_size * model.config.n_embd**2
-    dtype = torch.float32 if cfg.quantize and cfg.dtype == "auto" else resolve_dtype(cfg.dtype, device, work)
+    wanted = "float32" if cfg.quantize and cfg.dtype == "auto" else cfg.dtype
+    rows = batch_size * (1 if cfg.kv_cache else model.config.block_size)  # of which products are made for each token
+    dtype = generation_dtype(wanted, device, rows, model.config.n_embd)
     for parameter in model.parameters():  # each token reads every weight, so half the bytes take half the time
         parameter.data = parameter.data.to(device, dtype)
     model.eval()

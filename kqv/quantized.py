@@ -12,9 +12,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kqv.errors import UserError
 from kqv.machine import cpu_words
+
+SMALL = 200_000  # weights; products of up to 150,000 are faster without oneDNN, from 260,000 on with it (dev/LOG.md)
 
 
 class PackedLinear(nn.Module):
@@ -33,10 +36,37 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
+def in_onednn(linear: nn.Linear, lay_out: bool = True) -> nn.Module:
+    """A PackedLinear in float32; a small layer stays as it is, because oneDNN takes 15 µs longer to start."""
+    return PackedLinear(linear, lay_out) if linear.weight.numel() > SMALL else linear
+
+
 def by_columns(linear: nn.Linear) -> nn.Linear:
     """The layer itself, its weights stored column by column: MKL reads them a tenth faster for a single row."""
     linear.weight.data = linear.weight.data.mT.contiguous().mT
     return linear
+
+
+FEW_ROWS = 16  # between 10, as fast either way, and 64, three times as slow (dev/LOG.md)
+
+
+class WeightOnlyLinear(nn.Module):
+    """A linear layer of float32 whose weights alone are in 16 bits, for CPUs without products in 16 bits.
+
+    A few rows are multiplied in 16 bits, by a kernel that reads weights at the speed of memory and adds in float32. Its
+    time grows with the rows, so for many the weights are converted for the call.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = linear.weight.detach()
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() > FEW_ROWS * x.size(-1):
+            return F.linear(x, self.weight.float(), self.bias)
+        y = F.linear(x.type_as(self.weight), self.weight).type_as(x)
+        return y if self.bias is None else y + self.bias
 
 
 # Without VNNI instructions, fbgemm adds pairs of products in 16 bits, which 7 bits of x do not overflow
@@ -80,6 +110,8 @@ def pack(model: nn.Module, batch_size: int, quantize: str | None = None) -> None
             for name, linear in module.named_children():
                 if isinstance(linear, nn.Linear):
                     setattr(module, name, kind(linear))
+        if kind is WeightOnlyLinear:
+            model.float()  # all but the weights in these layers
     call_directly(model)
 
 
@@ -92,12 +124,15 @@ def faster_linear(weight: Tensor, batch_size: int, quantize: str | None) -> Call
         return Int8Linear
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return None
-    if weight.dtype == torch.float32 and batch_size == 1:
-        if "AuthenticAMD" in cpu_words():  # on which MKL is half as fast as oneDNN
-            return partial(PackedLinear, lay_out=False)
+    if weight.dtype == torch.float32 and batch_size > 1:
+        return in_onednn
+    if weight.dtype == torch.float32:
+        if "AuthenticAMD" in cpu_words():  # on which MKL reads large weights half as fast as oneDNN
+            return partial(in_onednn, lay_out=False)
         return by_columns if torch.backends.mkl.is_available() else None
-    in_bfloat16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return PackedLinear if weight.dtype == torch.float32 or in_bfloat16 else None
+    if weight.dtype == torch.bfloat16:
+        return PackedLinear if torch.ops.mkldnn._is_mkldnn_bf16_supported() else WeightOnlyLinear
+    return None if torch.ops.mkldnn._is_mkldnn_fp16_supported() else WeightOnlyLinear
 
 
 def call_directly(model: nn.Module) -> None:

@@ -1,9 +1,11 @@
 """Packed and 8-bit linear layers against plain ones."""
 
+import copy
+
 import pytest
 import torch
 
-from kqv.quantized import Int8Linear, PackedLinear, pack
+from kqv.quantized import FEW_ROWS, Int8Linear, PackedLinear, WeightOnlyLinear, pack
 from model import GPT, GPTConfig
 
 
@@ -25,7 +27,8 @@ def logits(dtype: torch.dtype, quantize: str | None = None) -> tuple[torch.Tenso
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_packed_products_are_the_plain_ones(dtype, tolerance):
+def test_packed_products_are_the_plain_ones(monkeypatch, dtype, tolerance):
+    monkeypatch.setattr("kqv.quantized.SMALL", 0)
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("a CPU without bfloat16 products")
     plain, together = logits(dtype)
@@ -40,6 +43,7 @@ def test_packed_products_are_the_plain_ones(dtype, tolerance):
 def test_a_single_sample_in_float32_is_read_by_the_library_that_reads_faster(monkeypatch, vendor, kind):
     by_columns = kind is torch.nn.Linear and torch.backends.mkl.is_available()
     monkeypatch.setattr("kqv.quantized.cpu_words", lambda: {vendor})
+    monkeypatch.setattr("kqv.quantized.SMALL", 64 * 64)  # c_proj of attention stays as it is
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=301, n_layer=2, n_head=4, n_embd=64)).eval()
     idx = torch.randint(301, (1, 20))
@@ -47,11 +51,38 @@ def test_a_single_sample_in_float32_is_read_by_the_library_that_reads_faster(mon
         plain = model(idx)[0]
         pack(model, batch_size=1)
         assert type(model.lm_head) is kind
+        assert type(dict(model.named_modules())["transformer.h.0.attn.c_proj"]) is torch.nn.Linear
         assert model.lm_head.weight.mT.is_contiguous() is by_columns
         torch.testing.assert_close(model(idx)[0], plain)
         cached = torch.cat(list(model.generate(idx, 10, [torch.Generator()], temperature=0)), dim=1)
         whole = torch.cat(list(model.generate(idx, 10, [torch.Generator()], temperature=0, kv_cache=False)), dim=1)
     assert torch.equal(cached, whole)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("dtype, unit", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)], ids=str)
+@pytest.mark.parametrize("tokens", [1, FEW_ROWS // 2, FEW_ROWS])
+def test_weights_alone_are_in_16_bits_on_cpus_without_such_products(monkeypatch, dtype, unit, tokens):
+    for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: False)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=301, n_layer=2, n_head=4, n_embd=64)).to(dtype).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    in_float32 = copy.deepcopy(model).float()  # the same weights, nothing else rounded
+    pack(model, batch_size=2)
+    linear = dict(model.named_modules())["transformer.h.1.mlp.c_fc"]
+    assert type(linear) is WeightOnlyLinear and linear.weight.dtype == dtype
+    x = torch.randn(2, tokens, 64)
+    exact = torch.nn.functional.linear(x, linear.weight.float(), linear.bias)  # (2, tokens, 256)
+    # x and y are rounded in few rows, by half a unit each; nothing is in more
+    worst = 1.01 * unit / 2 * (torch.nn.functional.linear(x.abs(), linear.weight.float().abs()) + exact.abs() + 1)
+    assert ((linear(x) - exact).abs() <= (worst if 2 * tokens <= FEW_ROWS else 1e-5)).all()
+    idx = torch.randint(301, (2, tokens))
+    with torch.inference_mode():
+        logits, expected = model(idx)[0], in_float32(idx)[0]
+    assert logits.dtype == torch.float32
+    assert (logits - expected).norm() < 4 * unit * expected.norm()
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
