@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import bench
 from kqv import benchmarks, cli, errors, gpu_benchmark, measure, peers
@@ -350,7 +351,11 @@ def test_the_gpu_benchmark_goes_on_if_a_program_fails(command, tmp_path):
         "generate 1, graph (nanoGPT)": ("tokens/s", False),
         "generate 10, graph": ("tokens/s", True),
     }
-    assert all(row["ours"] > 0 for row in found) and 0 < found[0]["share_of_limit"] < 2
+    assert all(row["ours"] > 0 for row in found)
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert 0 < found[0]["share_of_limit"] < 2
+    else:  # steps are in bfloat16, whose products would take minutes to time here
+        assert found[0]["share_of_limit"] is None
     one, ten = found[2:]
     assert ten["limit"] == pytest.approx(10 * one["limit"])  # ten samples read the same weights
 
