@@ -397,7 +397,7 @@ class GPT(nn.Module):
                     layer.clear()
                 new = idx[:, -max(1, block_size // 2) :]
             logits = self(new, cache=cache)[0][:, -1, :vocab_size].expand(B, -1)  # (1 or B, 1, V) -> (B, V)
-            if not logits.isfinite().all():
+            if not logits.sum(dtype=torch.float32).isfinite():  # if one is nan or inf, so is the sum
                 raise FloatingPointError("the logits are not all finite")
             u = torch.cat([torch.rand(1, generator=generator) for generator in generators])[:, None]  # (B, 1)
             new = next_token(logits, u.to(idx.device), seen=idx, **sampling)  # (B, 1)

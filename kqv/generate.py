@@ -127,7 +127,7 @@ class TokenStep:
     def draw(self, logits: Tensor) -> None:
         """Draw and write each sequence's next token; logits (1 or B, 1, V)."""
         logits = logits[:, -1, : self.vocab_size].expand(len(self.tokens), -1)  # (B, V)
-        finite = logits.isfinite().all()
+        finite = logits.sum(dtype=torch.float32).isfinite()  # if one is nan or inf, so is the sum
         u = self.u.index_select(1, self.count)  # (B, 1)
         new = self.next_token(logits.where(finite, 0), u, seen=self.tokens, **self.sampling)  # (B, 1)
         self.tokens.index_copy_(1, self.place, new)
