@@ -22,7 +22,7 @@ from pathlib import Path
 
 from kqv.cli import parse_command_line
 from kqv.errors import UserError, one_line_errors
-from kqv.machine import generation_dtype, limit_spinning, resolve_device
+from kqv.machine import limit_spinning, resolve_device, resolve_dtype
 from kqv.settings import SampleConfig
 
 # Parsed before torch is imported, so that --help and a misspelt setting are answered at once.
@@ -33,7 +33,7 @@ import torch
 
 from kqv.build import load_trained
 from kqv.generate import FastGeneration
-from kqv.quantized import pack
+from kqv.quantized import pack, prefers_16_bit_weights
 from kqv.tokenizer import Tokenizer
 from model import GPT, GPTConfig, KVCache, next_token
 
@@ -101,19 +101,25 @@ def with_progress(steps: Iterable, total: int) -> Iterable:
 
 def make_fast(model: GPT, cfg: SampleConfig, batch_size: int) -> Callable[..., Iterator[torch.Tensor]]:
     """Move the model to its device and dtype and speed it up; returns GPT.generate, or a faster one."""
-    device = resolve_device(cfg.device)
-    # the 8-bit weights are rounded from float32, not from 16-bit numbers
-    wanted = "float32" if cfg.quantize and cfg.dtype == "auto" else cfg.dtype
-    rows = batch_size * (1 if cfg.kv_cache else model.config.block_size)  # of which products are made for each token
-    dtype = generation_dtype(wanted, device, rows, model.config.n_embd)
+    device, n_embd = resolve_device(cfg.device), model.config.n_embd
+    fixed_shapes = cfg.compile is True or (device.type == "cuda" and cfg.kv_cache and not cfg.quantize)
+    rows = batch_size * (1 if cfg.kv_cache else model.config.block_size)  # of each product, for a new token
+    wanted = cfg.dtype
+    if wanted == "auto" and cfg.quantize:  # the 8-bit weights are rounded from float32, not from 16-bit numbers
+        wanted = "float32"
+    elif wanted == "auto" and not fixed_shapes and prefers_16_bit_weights(device, rows, n_embd):
+        wanted = "bfloat16"
+    # a token takes the time of reading the weights, which is that of 30 rows
+    dtype = resolve_dtype(wanted, device, work=max(30 * batch_size, rows) * n_embd**2)
     for parameter in model.parameters():  # each token reads every weight, so half the bytes take half the time
         parameter.data = parameter.data.to(device, dtype)
     model.eval()
+    print(f"on {device} in {dtype}", file=sys.stderr)
     if cfg.compile is True:  # not "auto": on CPUs it gains nothing
         print("compiling the model takes half a minute", file=sys.stderr)
-    if cfg.compile is True or (device.type == "cuda" and cfg.kv_cache):
+    if fixed_shapes:
         return FastGeneration(model, KVCache, next_token, cfg.compile is True)
-    pack(model, batch_size, cfg.quantize)
+    pack(model, rows, cfg.quantize)
     return partial(model.generate, kv_cache=cfg.kv_cache)
 
 
@@ -162,7 +168,8 @@ def main(cfg: SampleConfig, origin: dict[str, str]) -> None:
         raise UserError("start: does not work with --interactive, which asks for its prompts")
     if cfg.interactive and origin["num_samples"] == "default":
         cfg.num_samples = 1
-    # streamed samples come one after the other; each draws from its own seed, so a batch would give the same texts
+    # streamed samples come one after the other; each draws from its own seed, so a batch in the same dtype gives the
+    # same texts
     one_by_one = cfg.stream or cfg.interactive
     batches = [[sample] for sample in range(cfg.num_samples)] if one_by_one else [range(cfg.num_samples)]
     torch.backends.cuda.enable_cudnn_sdp(False)  # on an H100 it plans again for each cache length: 20 ms and more

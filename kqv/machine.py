@@ -25,7 +25,6 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 # The least rows * n_embd^2 for which autocast to bfloat16 pays on CPUs that have fast products for it: measured between
 # 3.1 million (slower) and 7.1 million (faster) (dev/LOG.md)
 BFLOAT16_WORK = 5_000_000
-READING_WORK = 30  # rows: a new token counts as so many, because its time is that of reading the weights (dev/LOG.md)
 # Dense peak of the tensor cores in TFLOP/s at bfloat16 (float16 if the device lacks bfloat16), and memory in GB (the
 # smaller, if a device is sold with two sizes), from the vendors' data sheets. The first line that matches a device's
 # name counts. Unknown devices get no MFU rather than a wrong one.
@@ -112,18 +111,6 @@ def resolve_dtype(dtype: str, device: "torch.device", work: int) -> "torch.dtype
         if device.type == "cuda":
             dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     return getattr(torch, dtype)
-
-
-def generation_dtype(dtype: str, device: "torch.device", rows: int, n_embd: int) -> "torch.dtype":
-    """As resolve_dtype, but "auto" is the fastest to generate with. `rows` of each product: one for each sample.
-
-    A token takes the time of reading the weights. So even a CPU without products in 16 bits is faster with weights in
-    16 bits, if there are one or two rows and the model is not small (kqv.quantized.WeightOnlyLinear, dev/LOG.md).
-    """
-    words = cpu_words()
-    if dtype == "auto" and device.type == "cpu" and "avx2" in words and "avx512f" not in words:
-        dtype = "bfloat16" if rows <= 2 and n_embd >= 256 else "float32"
-    return resolve_dtype(dtype, device, work=READING_WORK * rows * n_embd**2)
 
 
 def room_for_logits(device: "torch.device") -> float:

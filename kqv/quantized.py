@@ -51,10 +51,10 @@ FEW_ROWS = 16  # between 10, as fast either way, and 64, three times as slow (de
 
 
 class WeightOnlyLinear(nn.Module):
-    """A linear layer of float32 whose weights alone are in 16 bits, for CPUs without products in 16 bits.
+    """A linear layer from float32 to float32 with weights in 16 bits, for CPUs without products in 16 bits.
 
-    A few rows are multiplied in 16 bits, by a kernel that reads weights at the speed of memory and adds in float32. Its
-    time grows with the rows, so for many the weights are converted for the call.
+    A few rows, and what becomes of them, are rounded to 16 bits; the kernel reads weights at the speed of memory and
+    adds in float32. Its time grows with the rows, so for many the weights are converted to float32 for the call.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -100,22 +100,35 @@ class Int8Linear(nn.Module):
         return y.type_as(x)
 
 
-def pack(model: nn.Module, batch_size: int, quantize: str | None = None) -> None:
+def prefers_16_bit_weights(device: torch.device, rows: int, n_embd: int) -> bool:
+    """Whether a model generates faster with WeightOnlyLinear than in float32: AVX2 only, a model that is not small.
+
+    `rows` of each product for a new token: one for each sample. For the figures see dev/LOG.md.
+    """
+    words = cpu_words()
+    without_products = "avx2" in words and "avx512f" not in words and torch.backends.mkldnn.is_available()
+    return device.type == "cpu" and without_products and rows <= 2 and n_embd >= 256
+
+
+def pack(model: nn.Module, rows: int, quantize: str | None = None) -> None:
     """Make the model faster in place: its linear layers, and the calls of its blocks; it can only generate afterwards.
 
-    Without `quantize` the results are the same up to rounding.
+    `rows` of each product for a new token: one for each sample. Without `quantize` the results are the same up to
+    rounding.
     """
-    if kind := faster_linear(model.transformer.wte.weight, batch_size, quantize):
+    if kind := faster_linear(model.transformer.wte.weight, rows, quantize):
         for module in list(model.modules()):
             for name, linear in module.named_children():
                 if isinstance(linear, nn.Linear):
                     setattr(module, name, kind(linear))
         if kind is WeightOnlyLinear:
             model.float()  # all but the weights in these layers
+            # logits of -100, as GPT-2 has them, would be rounded to halves; inputs after a norm do not overflow float16
+            model.lm_head.weight = model.lm_head.weight.half()
     call_directly(model)
 
 
-def faster_linear(weight: Tensor, batch_size: int, quantize: str | None) -> Callable[[nn.Linear], nn.Module] | None:
+def faster_linear(weight: Tensor, rows: int, quantize: str | None) -> Callable[[nn.Linear], nn.Module] | None:
     """What replaces a linear layer on the device and in the dtype of `weight`; None, as on GPUs: nothing is faster."""
     if quantize == "int8":
         if weight.device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
@@ -124,7 +137,7 @@ def faster_linear(weight: Tensor, batch_size: int, quantize: str | None) -> Call
         return Int8Linear
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return None
-    if weight.dtype == torch.float32 and batch_size > 1:
+    if weight.dtype == torch.float32 and rows > 1:
         return in_onednn
     if weight.dtype == torch.float32:
         if "AuthenticAMD" in cpu_words():  # on which MKL reads large weights half as fast as oneDNN

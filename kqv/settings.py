@@ -173,7 +173,7 @@ class Sampling:
     out_dir: Annotated[str, "folder with the ckpt.pt of train.py or of nanoGPT"] = "out"
     data_dir: Annotated[str, "folder of data sets; nanoGPT's checkpoints need DATASET/meta.pkl in it"] = "data"
     start: Annotated[str, 'the prompt: text, "FILE:prompt.txt", or "-" for standard input'] = "\n"
-    num_samples: Annotated[int, "number of samples; sample i does not depend on it"] = 10
+    num_samples: Annotated[int, "number of samples; with the same dtype, sample i does not depend on it"] = 10
     max_new_tokens: Annotated[int, "tokens to generate for each sample"] = 500
     temperature: Annotated[float, "1: the model's probabilities; lower: less random; 0: always the likeliest"] = 0.8
     top_k: Annotated[int | None, "keep the k likeliest tokens; None: all"] = 200

@@ -277,21 +277,6 @@ def test_bfloat16_is_for_cpus_that_are_faster_with_it(tmp_path, monkeypatch, ven
     assert find_dtype("auto", "cpu", large) == chosen
 
 
-def test_one_or_two_samples_are_generated_from_16_bits_where_reading_is_all(monkeypatch):
-    cpu, words = machine.resolve_device("cpu"), {"AuthenticAMD", "avx2"}
-    monkeypatch.setattr("kqv.machine.cpu_words", lambda: words)
-
-    def chosen(rows: int, n_embd: int, dtype: str = "auto") -> str:
-        return str(machine.generation_dtype(dtype, cpu, rows, n_embd)).removeprefix("torch.")
-
-    assert chosen(1, 768) == chosen(2, 256) == "bfloat16"
-    assert chosen(3, 768) == chosen(1, 192) == chosen(1, 768, "float32") == "float32"
-    words.add("avx512f")  # where PyTorch computes in bfloat16 by oneDNN, without instructions for it
-    assert chosen(1, 768) == "float32"
-    words.add("avx512_bf16")
-    assert chosen(1, 768) == chosen(10, 768) == "bfloat16" and chosen(1, 128) == "float32"
-
-
 def test_files_are_opened_with_an_encoding_everywhere():
     """On Windows open() reads cp1252 by default."""
     for path in [*ROOT.glob("*.py"), *ROOT.glob("kqv/*.py"), *ROOT.glob("prepare/*.py")]:

@@ -130,7 +130,8 @@ def test_the_loss_in_chunks_is_the_cpus(monkeypatch, dtype, compiled, tolerance)
 
 def test_orthogonal_updates_in_bfloat16():
     torch.manual_seed(0)
-    singular = torch.linalg.svdvals(orthogonalize(torch.randn(3, 96, 384, device=DEVICE), torch.bfloat16).float())
+    (updates,) = orthogonalize([torch.randn(3, 96, 384, device=DEVICE, dtype=torch.bfloat16)])
+    singular = torch.linalg.svdvals(updates.float())
     assert ((singular > 0.3) & (singular < 1.7)).all()
 
 
@@ -191,3 +192,9 @@ def test_a_damaged_model_is_an_error_also_in_a_graph():
     with pytest.raises(FloatingPointError, match="not all finite"):
         list(generate(torch.zeros(1, 4, dtype=torch.int64, device=DEVICE), 40, [torch.Generator()]))
     torch.cuda.synchronize()  # no assertion has failed on the device
+
+
+def test_int8_is_refused(train, command):
+    assert train("--max_iters=1").code == 0
+    result = command("sample.py", f"--device={DEVICE}", "--quantize=int8")
+    assert result.code == 2 and "works on x86 CPUs" in result.err

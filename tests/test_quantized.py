@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from kqv.quantized import FEW_ROWS, Int8Linear, PackedLinear, WeightOnlyLinear, pack
+from kqv.quantized import FEW_ROWS, Int8Linear, PackedLinear, WeightOnlyLinear, pack, prefers_16_bit_weights
 from model import GPT, GPTConfig
 
 
@@ -49,7 +49,7 @@ def test_a_single_sample_in_float32_is_read_by_the_library_that_reads_faster(mon
     idx = torch.randint(301, (1, 20))
     with torch.inference_mode():
         plain = model(idx)[0]
-        pack(model, batch_size=1)
+        pack(model, rows=1)
         assert type(model.lm_head) is kind
         assert type(dict(model.named_modules())["transformer.h.0.attn.c_proj"]) is torch.nn.Linear
         assert model.lm_head.weight.mT.is_contiguous() is by_columns
@@ -70,7 +70,8 @@ def test_weights_alone_are_in_16_bits_on_cpus_without_such_products(monkeypatch,
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     in_float32 = copy.deepcopy(model).float()  # the same weights, nothing else rounded
-    pack(model, batch_size=2)
+    pack(model, rows=2)
+    assert model.lm_head.weight.dtype == torch.float16
     linear = dict(model.named_modules())["transformer.h.1.mlp.c_fc"]
     assert type(linear) is WeightOnlyLinear and linear.weight.dtype == dtype
     x = torch.randn(2, tokens, 64)
@@ -85,8 +86,42 @@ def test_weights_alone_are_in_16_bits_on_cpus_without_such_products(monkeypatch,
     assert (logits - expected).norm() < 4 * unit * expected.norm()
 
 
+def test_large_logits_are_not_rounded_to_halves(monkeypatch):
+    """GPT-2's are near -100, where numbers in bfloat16 are 0.5 apart, so that likely tokens would be equally likely."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=301, n_layer=1, n_head=4, n_embd=64, tie_embeddings=False)).eval()
+    model.transformer.ln_f.bias.data.fill_(1)
+    model.lm_head.weight.data -= 100 / 64
+    model.bfloat16()
+    in_float32 = copy.deepcopy(model).float()
+    pack(model, rows=1)
+    idx = torch.tensor([[5]])
+    with torch.inference_mode():
+        logits, expected = model(idx)[0], in_float32(idx)[0]
+    assert expected.mean() < -90
+    assert (logits - expected).abs().max() < 0.1
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+def test_16_bit_weights_are_for_one_or_two_rows_where_reading_is_all(monkeypatch):
+    cpu, words = torch.device("cpu"), set()
+    monkeypatch.setattr("kqv.quantized.cpu_words", lambda: words)
+    assert not prefers_16_bit_weights(cpu, 1, 768)  # a CPU that is not known
+    words |= {"AuthenticAMD", "avx2"}
+    assert prefers_16_bit_weights(cpu, 1, 768) and prefers_16_bit_weights(cpu, 2, 256)
+    assert not prefers_16_bit_weights(cpu, 3, 768) and not prefers_16_bit_weights(cpu, 1, 192)
+    assert not prefers_16_bit_weights(torch.device("meta"), 1, 768)
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+        assert not prefers_16_bit_weights(cpu, 1, 768)
+    words.add("avx512f")  # where PyTorch computes in bfloat16 by oneDNN, with or without instructions for it
+    assert not prefers_16_bit_weights(cpu, 1, 768)
+
+
 @pytest.mark.parametrize("quantize", [None, "int8"])
-def test_every_part_of_a_block_works_after_packing(quantize):
+def test_every_part_of_a_block_works_after_packing(monkeypatch, quantize):
+    monkeypatch.setattr("kqv.quantized.SMALL", 0)
     if quantize and "fbgemm" not in torch.backends.quantized.supported_engines:
         pytest.skip("not an x86 CPU")
     parts = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True, "short_conv": 2, "n_kv_head": 2}

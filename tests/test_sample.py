@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kqv import checkpoint, cli, settings
+from kqv.quantized import Int8Linear, PackedLinear, WeightOnlyLinear
 from kqv.tokenizer import ByteTokenizer
-from sample import SEPARATOR, Text
+from model import GPT, GPTConfig
+from sample import SEPARATOR, Text, make_fast
 from tests.conftest import TINY, command  # noqa: F401
 from tests.test_checkpoint import nanogpt_checkpoint
 
@@ -92,6 +94,34 @@ def test_interactive_answers_each_line_and_survives_a_bad_one(sample, monkeypatc
     assert result.code == 0
     assert result.out.startswith("the ") and "\na " in result.out
     assert "'ü'" in result.err
+
+
+@pytest.mark.parametrize(
+    "words, options, samples, layer, dtype",
+    [
+        ("avx2", {}, 1, WeightOnlyLinear, torch.bfloat16),
+        ("avx2", {}, 2, WeightOnlyLinear, torch.bfloat16),
+        ("avx2", {}, 3, None, torch.float32),
+        ("avx2", {"dtype": "float32"}, 1, None, torch.float32),
+        ("avx2", {"kv_cache": False}, 1, None, torch.float32),
+        ("avx2", {"compile": True}, 1, torch.nn.Linear, torch.float32),
+        ("avx2", {"quantize": "int8"}, 1, Int8Linear, torch.float32),
+        ("avx512f amx_bf16", {}, 1, None, torch.float32),  # 256 wide is too small for one sample
+        ("avx512f amx_bf16", {}, 10, PackedLinear, torch.bfloat16),
+        ("avx512f amx_bf16", {"kv_cache": False}, 1, None, torch.float32),
+    ],
+)
+def test_auto_is_what_is_fastest_to_generate_with(monkeypatch, capsys, words, options, samples, layer, dtype):
+    if options.get("quantize") and "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("not an x86 CPU")
+    for room in ("machine", "quantized"):
+        monkeypatch.setattr(f"kqv.{room}.cpu_words", lambda: {"AuthenticAMD", *words.split()})
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: "amx_bf16" in words)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda weight, _: weight)  # here may be no AMX
+    model = GPT(GPTConfig(n_layer=1, n_head=4, n_embd=256, block_size=32, vocab_size=65))
+    make_fast(model, settings.SampleConfig(device="cpu", **options), samples)
+    assert f"on cpu in {dtype}\n" in capsys.readouterr().err
+    assert layer is None or type(dict(model.named_modules())["transformer.h.0.mlp.c_fc"]) is layer
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
