@@ -36,7 +36,7 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def in_onednn(linear: nn.Linear, lay_out: bool = True) -> nn.Module:
+def in_onednn(linear: nn.Linear, lay_out: bool) -> nn.Module:
     """A PackedLinear in float32; a small layer stays as it is, because oneDNN takes 15 µs longer to start."""
     return PackedLinear(linear, lay_out) if linear.weight.numel() > SMALL else linear
 
@@ -137,11 +137,9 @@ def faster_linear(weight: Tensor, rows: int, quantize: str | None) -> Callable[[
         return Int8Linear
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return None
-    if weight.dtype == torch.float32 and rows > 1:
-        return in_onednn
     if weight.dtype == torch.float32:
-        if "AuthenticAMD" in cpu_words():  # on which MKL reads large weights half as fast as oneDNN
-            return partial(in_onednn, lay_out=False)
+        if rows > 1 or "AuthenticAMD" in cpu_words():  # on which MKL reads large weights half as fast as oneDNN
+            return partial(in_onednn, lay_out=rows > 1)
         return by_columns if torch.backends.mkl.is_available() else None
     if weight.dtype == torch.bfloat16:
         return PackedLinear if torch.ops.mkldnn._is_mkldnn_bf16_supported() else WeightOnlyLinear

@@ -8,6 +8,8 @@ import torch
 from kqv.quantized import FEW_ROWS, Int8Linear, PackedLinear, WeightOnlyLinear, pack, prefers_16_bit_weights
 from model import GPT, GPTConfig
 
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+
 
 def logits(dtype: torch.dtype, quantize: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (3, V) of one prompt three times, plain and packed."""
@@ -25,7 +27,7 @@ def logits(dtype: torch.dtype, quantize: str | None = None) -> tuple[torch.Tenso
     return plain, together
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@needs_onednn
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_packed_products_are_the_plain_ones(monkeypatch, dtype, tolerance):
     monkeypatch.setattr("kqv.quantized.SMALL", 0)
@@ -38,7 +40,7 @@ def test_packed_products_are_the_plain_ones(monkeypatch, dtype, tolerance):
     torch.testing.assert_close(PackedLinear(linear)(x), linear(x), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@needs_onednn
 @pytest.mark.parametrize("vendor, kind", [("AuthenticAMD", PackedLinear), ("GenuineIntel", torch.nn.Linear)])
 def test_a_single_sample_in_float32_is_read_by_the_library_that_reads_faster(monkeypatch, vendor, kind):
     by_columns = kind is torch.nn.Linear and torch.backends.mkl.is_available()
@@ -59,7 +61,7 @@ def test_a_single_sample_in_float32_is_read_by_the_library_that_reads_faster(mon
     assert torch.equal(cached, whole)
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@needs_onednn
 @pytest.mark.parametrize("dtype, unit", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)], ids=str)
 @pytest.mark.parametrize("tokens", [1, FEW_ROWS // 2, FEW_ROWS])
 def test_weights_alone_are_in_16_bits_on_cpus_without_such_products(monkeypatch, dtype, unit, tokens):
@@ -86,6 +88,7 @@ def test_weights_alone_are_in_16_bits_on_cpus_without_such_products(monkeypatch,
     assert (logits - expected).norm() < 4 * unit * expected.norm()
 
 
+@needs_onednn
 def test_large_logits_are_not_rounded_to_halves(monkeypatch):
     """GPT-2's are near -100, where numbers in bfloat16 are 0.5 apart, so that likely tokens would be equally likely."""
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
@@ -103,7 +106,7 @@ def test_large_logits_are_not_rounded_to_halves(monkeypatch):
     assert (logits - expected).abs().max() < 0.1
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@needs_onednn
 def test_16_bit_weights_are_for_one_or_two_rows_where_reading_is_all(monkeypatch):
     cpu, words = torch.device("cpu"), set()
     monkeypatch.setattr("kqv.quantized.cpu_words", lambda: words)

@@ -18,6 +18,7 @@ from model import GPT, GPTConfig
 from sample import SEPARATOR, Text, make_fast
 from tests.conftest import TINY, command  # noqa: F401
 from tests.test_checkpoint import nanogpt_checkpoint
+from tests.test_quantized import needs_onednn
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,7 @@ def test_interactive_answers_each_line_and_survives_a_bad_one(sample, monkeypatc
     assert "'ü'" in result.err
 
 
+@needs_onednn
 @pytest.mark.parametrize(
     "words, options, samples, layer, dtype",
     [
